@@ -1,0 +1,422 @@
+"""Load a vision-language model, pack groups of completions, and compute their log-probabilities.
+
+    model, processor = load_model("Qwen/Qwen2.5-VL-3B-Instruct")        or a folder, or random:tiny | demo | 3b | 7b
+    policy = Policy(model, banned_ids(processor, model))
+    for packed in pack(prompts, groups, advantages, policy, token_budget=16384):
+        logp, entropy = policy(packed.to(device), temperature=1.0)      # (M,) one number a completion token
+
+Packed groups are the only layout: a group is its prompt once, then its G completions, each continuing the prompt's
+positions and attending to the prompt and to itself (kernels/prefix_attention.py). The vision tower runs once a picture.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kernels import prefix_attention
+from kernels.logprob import token_logprob
+
+DEMO_PROCESSOR = Path(__file__).parent / "assets" / "demo-model"
+
+# What differs between model families; another family is another entry.
+FAMILIES = {
+    "qwen2_5_vl": dict(
+        model_class="Qwen2_5_VLForConditionalGeneration",
+        never_sampled=("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    ),
+}
+
+# random:NAME. `3b` and `7b` are the published shapes of Qwen2.5-VL; `demo` is what the shipped model has: rope with a
+# small base and full vision attention, because its pictures are a few patches wide; `tiny` is for tests.
+SHAPES = {
+    "tiny": dict(
+        text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  intermediate_size=128, mrope_section=[2, 3, 3]),
+        vision=dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=64, fullatt_block_indexes=[1]),
+        vocab_size=None, tied=True,
+    ),
+    "demo": dict(
+        text=dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=3,
+                  intermediate_size=512, mrope_section=[4, 14, 14], rope_theta=10.0),
+        vision=dict(depth=4, hidden_size=128, num_heads=2, intermediate_size=384, window_size=448,
+                    fullatt_block_indexes=[0, 1, 2, 3]),
+        vocab_size=None, tied=True,
+    ),
+    "3b": dict(
+        text=dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+                  intermediate_size=11008, mrope_section=[16, 24, 24]),
+        vision=dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420,
+                    fullatt_block_indexes=[7, 15, 23, 31]),
+        vocab_size=151936, tied=True,
+    ),
+    "7b": dict(
+        text=dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                  intermediate_size=18944, mrope_section=[16, 24, 24]),
+        vision=dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420,
+                    fullatt_block_indexes=[7, 15, 23, 31]),
+        vocab_size=152064, tied=False,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_processor(source: str | Path):
+    """Tokenizer, chat template and picture processor of a checkpoint, from a folder or a hub id."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: no processor there ({str(error).splitlines()[0]}); give --processor PATH") from error
+
+
+def random_config(shape: str, processor):
+    """The transformers configuration of a named shape (SHAPES), token ids from the processor."""
+    from transformers import Qwen2_5_VLConfig
+
+    if shape not in SHAPES:
+        raise ValueError(f"random:{shape}: unknown shape, one of {', '.join('random:' + name for name in SHAPES)}")
+    spec, tokenizer = copy.deepcopy(SHAPES[shape]), processor.tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("image_pad", "video_pad", "vision_start", "vision_end", "endoftext", "im_end")}  # fmt: skip
+    text = spec["text"]
+    rope = dict(rope_type="default", rope_theta=text.pop("rope_theta", 1e6), mrope_section=text.pop("mrope_section"))
+    vocab = spec["vocab_size"] or -(-len(tokenizer) // 64) * 64
+    if vocab < len(tokenizer):
+        raise ValueError(f"random:{shape} has {vocab} vocabulary rows, the tokenizer {len(tokenizer)} tokens")
+    return Qwen2_5_VLConfig(
+        text_config=dict(**text, vocab_size=vocab, rope_parameters=rope, max_position_embeddings=32768, rms_norm_eps=1e-6,
+                         bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
+                         tie_word_embeddings=spec["tied"]),
+        vision_config=dict(**spec["vision"], out_hidden_size=text["hidden_size"], tokens_per_second=2),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=spec["tied"],
+    )  # fmt: skip
+
+
+def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
+               device: str = "cpu"):  # fmt: skip
+    """A checkpoint (folder or hub id) or random weights (`random:SHAPE`) -> (transformers model, processor).
+
+    Raises ValueError, one line, when the source is not there or is no vision model of a known family."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    attention = prefix_attention.register()
+    if source.startswith("random:"):
+        proc = load_processor(processor or DEMO_PROCESSOR)
+        config = random_config(source.removeprefix("random:"), proc)
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            cure = "give a checkpoint folder, a hub id, or random:tiny"
+            raise ValueError(f"{source}: no model there ({str(error).splitlines()[0]}); {cure}") from error
+        if config.model_type not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"{source}: a {config.model_type} checkpoint, not a vision model this code knows ({known})")
+        model_class = getattr(transformers, FAMILIES[config.model_type]["model_class"])
+        try:
+            model = model_class.from_pretrained(source, dtype=dtype).to(device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{source}: the weights do not load: {str(error).splitlines()[0]}") from error
+        proc = load_processor(processor or source)
+    for part in (model.config, model.config.text_config, model.config.vision_config):
+        part._attn_implementation = attention
+    return model, proc
+
+
+def banned_ids(processor, model, extra: tuple[int, ...] = ()) -> Tensor:
+    """(V,) bool: ids that are never sampled and carry no probability: the family's vision specials, vocabulary rows
+    beyond the tokenizer, and `extra`. Engine and trainer both use this one mask."""
+    vocab = model.config.text_config.vocab_size
+    banned = torch.zeros(vocab, dtype=torch.bool)
+    banned[len(processor.tokenizer) :] = True
+    specials = processor.tokenizer.convert_tokens_to_ids(list(FAMILIES[model.config.model_type]["never_sampled"]))
+    banned[[i for i in (*specials, *extra) if i is not None]] = True
+    return banned
+
+
+def stop_ids(processor) -> tuple[int, ...]:
+    """The ids that end a completion: end of turn, end of text."""
+    tokenizer = processor.tokenizer
+    return tuple(sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")} - {None}))
+
+
+# ---------------------------------------------------------------- positions and packing
+
+
+def mrope_positions(ids: list[int], grid: Tensor | None, config) -> Tensor:
+    """Temporal, height and width position of every prompt token: expanded ids (P,), grid (pictures, 3) -> (3, P).
+
+    Text counts up on all three rows; a picture of h x w merged patches keeps time still, spreads rows and columns, and
+    moves the count on by max(h, w). Computed once for both sides: in transformers 5 a missing token-type row silently
+    gives 1-D positions."""
+    merge = config.vision_config.spatial_merge_size
+    sizes = iter([] if grid is None else grid.tolist())
+    parts, count, i = [], 0, 0
+    while i < len(ids):
+        if ids[i] == config.image_token_id:
+            t, h, w = next(sizes)
+            h, w = h // merge, w // merge
+            axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+            parts.append(torch.stack(axes).reshape(3, -1) + count)  # (3, t*h*w)
+            i, count = i + t * h * w, count + max(h, w)
+        else:
+            start = i
+            while i < len(ids) and ids[i] != config.image_token_id:
+                i += 1
+            parts.append(torch.arange(count, count + i - start).expand(3, -1))
+            count += i - start
+    assert next(sizes, None) is None, "more pictures than placeholders"
+    return torch.cat(parts, dim=1)
+
+
+@dataclass
+class Packed:
+    """One micro-batch of whole groups. T packed tokens, M completion tokens, S completions.
+
+    For one prompt `a b` with completions `c d` and `e`:
+        ids [a b c d e]   positions [0 1 2 3 2]   rows [1 2 1]   targets [c d e]   sequence [0 0 1]
+    Row r of the hidden states predicts its target; the prompt's last row predicts every completion's first token."""
+
+    ids: Tensor  # (T,)
+    positions: Tensor  # (3, T)
+    layout: prefix_attention.Layout
+    pixels: Tensor | None  # (patches, channels * time * patch * patch)
+    grid: Tensor | None  # (pictures, 3), always on the CPU
+    picture_rows: Tensor  # (picture tokens,) where their features go
+    rows: Tensor  # (M,)
+    targets: Tensor  # (M,)
+    sequence: Tensor  # (M,) which completion, 0..S-1
+    lengths: Tensor  # (S,) tokens of each completion
+    advantages: Tensor  # (M,)
+    rollout_logp: Tensor  # (M,) the engine's
+    loss_mask: Tensor  # (M,) 1.0 where the token counts
+    index: list[int]  # which group of the batch each packed group is
+    old_logp: Tensor | None = None  # (M,) the trainer's, before the first optimiser step of this rollout
+    ref_logp: Tensor | None = None  # (M,)
+
+    def to(self, device) -> "Packed":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        moved |= dict(grid=self.grid, layout=prefix_attention.Layout(self.layout.groups, torch.device(device)))
+        return Packed(**moved)
+
+
+def group_tokens(prompt, group) -> int:
+    return len(prompt.expanded) + sum(len(c.token_ids) for c in group)
+
+
+def plan_packs(sizes: list[int], token_budget: int) -> list[list[int]]:
+    """Indices of groups, packed first-fit by decreasing size; a group larger than the budget gets a pack alone."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = next((p for p, left in enumerate(room) if left >= sizes[i]), None)
+        if place is None:
+            packs.append([])
+            room.append(token_budget)
+            place = len(packs) - 1
+        packs[place].append(i)
+        room[place] -= sizes[i]
+    return packs
+
+
+def pack_groups(prompts: list, groups: list[list], config, *, advantages: Tensor | None = None,
+                index: list[int] | None = None, mask_truncated: bool = False) -> Packed:  # fmt: skip
+    """Prompts and their completions -> one Packed. advantages (groups, G) or None for zeros.
+
+    mask_truncated: tokens of a completion that ran into the length limit do not count."""
+    ids, positions, rows, targets, sequence, lengths = [], [], [], [], [], []
+    advantage, rollout_logp, loss_mask, start, s = [], [], [], 0, 0
+    for g, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        prompt_positions = mrope_positions(prompt.expanded, prompt.grid, config)  # (3, P)
+        following = int(prompt_positions.max()) + 1
+        ids.append(torch.tensor(prompt.expanded))
+        positions.append(prompt_positions)
+        own = start + len(prompt.expanded)  # first row of the completion
+        for j, c in enumerate(group):
+            n = len(c.token_ids)
+            ids.append(torch.tensor(c.token_ids))
+            positions.append(torch.arange(following, following + n).expand(3, -1))
+            rows.append(torch.tensor([start + len(prompt.expanded) - 1, *range(own, own + n - 1)]))
+            targets.append(ids[-1])
+            sequence.append(torch.full((n,), s))
+            lengths.append(n)
+            advantage.append(torch.full((n,), 0.0 if advantages is None else float(advantages[g, j])))
+            rollout_logp.append(torch.tensor(c.logprobs, dtype=torch.float32))
+            loss_mask.append(torch.full((n,), 0.0 if mask_truncated and not c.finished else 1.0))
+            own, s = own + n, s + 1
+        start = own
+    pictures = [p for p in prompts if p.pixels is not None]
+    all_ids = torch.cat(ids)
+    layout = tuple((len(p.expanded), tuple(len(c.token_ids) for c in group)) for p, group in zip(prompts, groups))
+    return Packed(
+        ids=all_ids, positions=torch.cat(positions, dim=1), layout=prefix_attention.Layout(layout, torch.device("cpu")),
+        pixels=torch.cat([p.pixels for p in pictures]) if pictures else None,
+        grid=torch.cat([p.grid for p in pictures]) if pictures else None,
+        picture_rows=(all_ids == config.image_token_id).nonzero().squeeze(-1),
+        rows=torch.cat(rows), targets=torch.cat(targets), sequence=torch.cat(sequence), lengths=torch.tensor(lengths),
+        advantages=torch.cat(advantage), rollout_logp=torch.cat(rollout_logp), loss_mask=torch.cat(loss_mask),
+        index=list(range(len(prompts))) if index is None else index,
+    )  # fmt: skip
+
+
+def pack(prompts: list, groups: list[list], config, *, token_budget: int, advantages: Tensor | None = None,
+         mask_truncated: bool = False) -> list[Packed]:  # fmt: skip
+    """All groups -> micro-batches of at most `token_budget` packed tokens, groups whole."""
+    packs = plan_packs([group_tokens(p, g) for p, g in zip(prompts, groups)], token_budget)
+    return [
+        pack_groups([prompts[i] for i in chosen], [groups[i] for i in chosen], config, index=chosen,
+                    advantages=None if advantages is None else advantages[chosen], mask_truncated=mask_truncated)
+        for chosen in packs
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the policy
+
+
+class Policy(nn.Module):
+    """The model with its head and its banned ids. Call it on a Packed for the log-probs of the completion tokens."""
+
+    def __init__(self, model, banned: Tensor):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.register_buffer("banned", banned.to(next(model.parameters()).device), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.banned.device
+
+    @property
+    def vision(self) -> nn.Module:
+        return self.model.model.visual
+
+    @property
+    def language(self) -> nn.Module:
+        return self.model.model.language_model
+
+    def freeze_vision(self) -> None:
+        self.vision.requires_grad_(False)
+
+    def picture_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        """pixels (patches, C*t*p*p), grid (pictures, 3) on the CPU -> (picture tokens, H). No graph if frozen."""
+        vision, trained = self.config.vision_config, next(self.vision.parameters()).requires_grad
+        sizes = tuple(tuple(size) for size in grid.tolist())
+        plan = vision_plan(sizes, vision.spatial_merge_size, vision.window_size, vision.patch_size, pixels.device)
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            pixels = pixels.to(self.vision.patch_embed.proj.weight.dtype)
+            return self.vision(pixels, grid_thw=grid, **plan).pooler_output
+
+    def embed(self, ids: Tensor, picture_rows: Tensor, pixels: Tensor | None, grid: Tensor | None) -> Tensor:
+        """ids (T,) -> (T, H), the rows of picture placeholders replaced by their features."""
+        embeds = self.language.embed_tokens(ids)  # (T, H)
+        if pixels is not None:
+            features = self.picture_features(pixels, grid)
+            assert len(features) == len(picture_rows), f"{len(features)} features, {len(picture_rows)} placeholders"
+            return embeds.index_put((picture_rows,), features.to(embeds.dtype))
+        if torch.is_grad_enabled() and next(self.vision.parameters()).requires_grad:
+            # No picture here, but other ranks may have one: a pass of weight zero keeps the collectives in step.
+            merge = self.config.vision_config.spatial_merge_size
+            width = self.vision.patch_embed.proj.weight[0].numel()
+            blank = torch.zeros(merge * merge, width, device=ids.device)
+            features = self.picture_features(blank, torch.tensor([[1, merge, merge]]))
+            embeds = embeds + 0.0 * features.sum().to(embeds.dtype)
+        return embeds
+
+    def forward(self, packed: Packed, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of every completion token: (M,), (M,), fp32. The head sees completion rows only."""
+        embeds = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid)  # (T, H)
+        positions = torch.cat([packed.positions[:1], packed.positions])  # (4, T): transformers wants a text row first
+        hidden = self.language(
+            inputs_embeds=embeds.unsqueeze(0), position_ids=positions.unsqueeze(1),
+            attention_mask={"full_attention": None}, layout=packed.layout, use_cache=False,
+        ).last_hidden_state.squeeze(0)  # (T, H)  # fmt: skip
+        head = self.model.lm_head.weight  # (V, H)
+        return token_logprob(hidden[packed.rows], head, packed.targets, temperature=temperature, banned=self.banned)
+
+    def next_logits(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache) -> Tensor:
+        """One decoding step with a cache (HFRollout). embeds (B, t, H), positions (3, B, t), mask (B, 1, t, cached + t)
+        bool -> fp32 logits of the last row (B, V), banned ids at -inf."""
+        hidden = self.language(
+            inputs_embeds=embeds, position_ids=torch.cat([positions[:1], positions]), use_cache=True,
+            attention_mask={"full_attention": mask}, past_key_values=cache,
+        ).last_hidden_state[:, -1]  # (B, H)  # fmt: skip
+        return self.model.lm_head(hidden).float().masked_fill(self.banned, float("-inf"))
+
+
+@lru_cache(maxsize=32)
+def vision_plan(sizes: tuple[tuple[int, int, int], ...], merge: int, window: int, patch: int, device) -> dict:
+    """Everything the vision tower derives from picture sizes: rope positions, segment and window bounds.
+
+    transformers computes it on every call, in a Python loop over pictures with a device synchronisation each; given as
+    arguments it is taken as it is. Pictures of a data set repeat their sizes, hence the cache."""
+    from transformers import vision_utils
+
+    grid = torch.tensor(sizes)
+    bounds = vision_utils.get_vision_cu_seqlens(grid)
+    window_index, window_bounds = vision_utils.get_vision_window_index(
+        grid, spatial_merge_size=merge, window_size=window, patch_size=patch
+    )
+    plan = dict(position_ids=vision_utils.get_vision_position_ids(grid, merge), cu_seqlens=bounds,
+                window_index=window_index, cu_window_seqlens=window_bounds)  # fmt: skip
+    longest = dict(max_seqlen=int(bounds.diff().max()), max_window_seqlen=int(window_bounds.diff().max()))
+    return {name: tensor.to(device) for name, tensor in plan.items()} | longest
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """The reference policy: same weights now, never trained."""
+    reference = copy.deepcopy(policy)
+    return reference.requires_grad_(False).eval()
+
+
+def weights(policy: Policy, *, dtype: torch.dtype | None = torch.bfloat16, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of every parameter, one at a time: what the engine and the checkpoint get.
+
+    dtype None leaves them as they are: rounding a float32 policy to bf16 for an engine that computes in float32 would
+    make a gap between the two. trained=True leaves frozen parameters out."""
+    tied = policy.config.tie_word_embeddings
+    for name, parameter in policy.model.named_parameters():
+        if not (tied and name == "lm_head.weight") and (parameter.requires_grad or not trained):
+            yield name, parameter.detach().to(dtype or parameter.dtype)
+
+
+def save_hf(policy: Policy, processor, folder: Path) -> None:
+    """A folder that `from_pretrained` and vLLM load as it is, in bf16."""
+    state = {name: tensor.cpu() for name, tensor in weights(policy)}
+    if policy.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+    policy.model.save_pretrained(folder, state_dict=state)
+    config = copy.deepcopy(policy.config)
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def reduce_gradients(gradients: list[Tensor], bucket_bytes: int = 256 << 20) -> None:
+    """Sum gradients over ranks, in flat buckets. A sum, not a mean: the loss is already divided by global counts."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    bucket: list[Tensor] = []
+    for i, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        if i == len(gradients) - 1 or sum(g.nbytes for g in bucket) >= bucket_bytes:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+            bucket = []

@@ -1,0 +1,130 @@
+"""AdamW (or Muon) on fp32 master weights, learning-rate schedules.
+
+bf16 has 8 bits of mantissa: a step of 1e-6 on a weight of 0.02 is far below its spacing (1.2e-4) and is lost in
+rounding. So the optimiser owns fp32 copies of low-precision parameters, adds every micro-batch's gradient up in fp32,
+steps the copies, and writes them back. Parameters that are fp32 already are their own master.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """The rate in force during optimiser step `step`, counted from 0.
+
+    Warm-up starts at peak/warmup, never at 0: upstream's schedule is 0 at step 0 even without warm-up, so its first
+    step of a run trains nothing (spec 4.2)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "constant":
+        return peak
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return peak * (1 - progress)
+    raise ValueError(f"unknown schedule {schedule!r}: one of {', '.join(SCHEDULES)}")
+
+
+class MasterOptimizer:
+    """Steps fp32 masters of the trainable parameters. `named` is (name, parameter); masters keep that order.
+
+        optimizer.zero_grad(); loss.backward() ...; norm = optimizer.step(lr=1e-6)
+
+    kind `adamw`, or `muon` (orthogonalised momentum for the 2-D weights inside blocks, AdamW for embeddings, head,
+    norms and biases), which learns a small model from nothing about twice as fast (docs/demo-model.md).
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, kind: str = "adamw", weight_decay: float = 0.01,
+                 betas: tuple[float, float] = (0.9, 0.999), max_grad_norm: float = 1.0):  # fmt: skip
+        named = [(name, p) for name, p in named if p.requires_grad]
+        if not named:
+            raise ValueError("nothing to train: every parameter is frozen")
+        self.names = [name for name, _ in named]
+        self.params = [p for _, p in named]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
+        self.max_grad_norm = max_grad_norm
+        for parameter, master in zip(self.params, self.masters):
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(_adder(master))
+        fused = self.masters[0].is_cuda
+        if kind == "adamw":
+            self.inner = [torch.optim.AdamW(self.masters, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=fused)]
+        elif kind == "muon":
+            matrices = [m for name, m in zip(self.names, self.masters) if is_block_matrix(name, m)]
+            chosen = {id(m) for m in matrices}
+            rest = [m for m in self.masters if id(m) not in chosen]
+            self.inner = [
+                torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(rest, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=fused),
+            ]
+        else:
+            raise ValueError(f"unknown optimizer {kind!r}: adamw or muon")
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """fp32 gradients, zeros where a parameter got none: every rank must reduce the same list."""
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters]
+
+    def zero_grad(self) -> None:
+        for tensor in (*self.params, *self.masters):
+            tensor.grad = None
+
+    @torch.no_grad()
+    def step(self, *, lr: float) -> float:
+        """Clip, step, write back; returns the norm before clipping. A norm that is not finite skips the step."""
+        norm = torch.nn.utils.get_total_norm(self.gradients)
+        value = float(norm)
+        if math.isfinite(value):
+            torch.nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
+            for inner in self.inner:
+                for group in inner.param_groups:
+                    group["lr"] = lr
+                inner.step()
+            for parameter, master in zip(self.params, self.masters):
+                if master is not parameter:
+                    parameter.copy_(master)
+        self.zero_grad()
+        return value
+
+    def state_dict(self) -> dict:
+        return {"names": self.names, "masters": [m.detach() for m in self.masters],
+                "inner": [inner.state_dict() for inner in self.inner]}  # fmt: skip
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        if state["names"] != self.names:
+            changed = sorted(set(state["names"]) ^ set(self.names))[:3]
+            raise ValueError(f"the checkpoint trained other parameters than this run ({', '.join(changed)}, ...)")
+        for parameter, master, saved in zip(self.params, self.masters, state["masters"]):
+            master.copy_(saved)
+            if master is not parameter:
+                parameter.copy_(master)
+        for inner, saved in zip(self.inner, state["inner"], strict=True):
+            inner.load_state_dict(saved)
+
+
+def _adder(master: Tensor):
+    """A hook that adds a finished low-precision gradient to its fp32 master and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
+def is_block_matrix(name: str, tensor: Tensor) -> bool:
+    """True for the weights that Muon should step: matrices inside transformer blocks, not tables of embeddings."""
+    return tensor.ndim == 2 and ("layers." in name or "blocks." in name)

@@ -1,0 +1,514 @@
+"""evaluate.py: resume, grading again, controls, standard errors, one picture, bad input.
+
+python -m pytest tests/test_evaluate.py
+"""
+
+import errno
+import json
+import math
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import rollout
+from data.scenes import response_text, scene_row, scene_rows
+from evaluate import Config
+from rollout import Completion
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(
+    model="random:tiny", style="short", box_frame="original", min_pixels=784, max_pixels=112 * 112, max_tokens=6
+)
+# Sampled, because an untrained model says the same to everything when it is greedy.
+TINY = Config(**SMALL, dataset="scenes:easy@val", limit=10, batch=4, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """One random model for all tests; its settings are those of TINY."""
+    torch.set_num_threads(1)
+    return evaluate.hf_answerer(TINY)
+
+
+@pytest.fixture
+def model(tiny, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+
+
+def saying(monkeypatch, text_of):
+    """The provider answers text_of(row); returns the list of rows it was asked."""
+    asked = []
+
+    def answer(rows, seed):
+        asked.extend(rows)
+        return [{"text": text_of(row), "finished": True, "tokens": 1} for row in rows]
+
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: answer)
+    return asked
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
+
+
+def scores_of(folder: Path) -> dict:
+    return {k: v for k, v in json.loads((folder / "scores.json").read_text()).items() if k != "evaluation"}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def choice(i: int, picture: Path, **changes) -> dict:
+    return {"id": f"r{i}", "images": [str(picture)], "question": "Where?", "options": ["left", "right"], "gold": "A",
+            "category": "relation", **changes}  # fmt: skip
+
+
+def picture(path: Path, colour: str, size=(60, 40)) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+        evaluate.main(replace(TINY, out=str(out)))
+    return out
+
+
+@pytest.mark.parametrize("keep", [0, 10, "line 1", "line 4", "line 6", "inside line 6", "last byte"])
+def test_resume_after_a_cut_gives_the_file_of_an_unbroken_run(unbroken, model, tmp_path, keep):
+    whole = (unbroken / "transcripts.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    assert len(ends) == 10 and len({line["text"] for line in lines_of(unbroken)}) > 5, "the answers must differ"
+    cut = {"line 1": ends[0], "line 4": ends[3], "line 6": ends[5], "inside line 6": ends[5] - 30, "last byte": -1}.get(
+        keep, keep
+    )
+    (tmp_path / "transcripts.jsonl").write_bytes(whole[:cut])
+    (tmp_path / "config.json").write_bytes((unbroken / "config.json").read_bytes())
+    evaluate.main(replace(TINY, out=str(tmp_path)))
+    assert (tmp_path / "transcripts.jsonl").read_bytes() == whole
+    assert scores_of(tmp_path) == scores_of(unbroken)
+
+
+def test_ctrl_c_loses_one_batch_and_the_same_command_goes_on(unbroken, tiny, tmp_path, monkeypatch):
+    def breaks_in_batch_three(rows, seed):
+        if seed % 1_000_003 >= 8:
+            raise KeyboardInterrupt
+        return tiny(rows, seed)
+
+    cfg = replace(TINY, out=str(tmp_path))
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: breaks_in_batch_three)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(cfg)
+    assert len(lines_of(tmp_path)) == 8
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+    evaluate.main(cfg)
+    assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
+
+
+def test_a_finished_evaluation_needs_no_model_and_a_deleted_line_is_asked_again(unbroken, tiny, tmp_path, monkeypatch):
+    lines = (unbroken / "transcripts.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "config.json").write_bytes((unbroken / "config.json").read_bytes())
+    (tmp_path / "transcripts.jsonl").write_bytes(b"".join(lines))
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("nothing to ask"))
+    evaluate.main(replace(TINY, out=str(tmp_path)))
+    (tmp_path / "transcripts.jsonl").write_bytes(b"".join(lines[:2] + lines[3:]))
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+    evaluate.main(replace(TINY, out=str(tmp_path)))
+    found = (tmp_path / "transcripts.jsonl").read_bytes().splitlines(keepends=True)
+    assert found == lines[:2] + lines[3:] + [lines[2]]
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(control="blind"), "control was 'none', now 'blind'"),
+    (dict(model="random:demo"), "model was 'random:tiny', now 'random:demo'"),
+    (dict(style="no_reasoning"), "style was 'short', now 'no_reasoning'"),
+    (dict(seed=2), "seed was 1, now 2"),
+    (dict(limit=11), "limit was 10, now 11"),
+    (dict(dataset="scenes:demo@val"), "dataset was"),
+])  # fmt: skip
+def test_answers_of_other_settings_are_refused_before_a_model_is_loaded(unbroken, monkeypatch, change, named):
+    before = (unbroken / "transcripts.jsonl").read_bytes()
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("no model needed to refuse"))
+    with pytest.raises(ValueError) as error:
+        evaluate.main(replace(TINY, out=str(unbroken), **change))
+    assert named in str(error.value) and "--out" in str(error.value) and "\n" not in str(error.value)
+    assert (unbroken / "transcripts.jsonl").read_bytes() == before
+
+
+def test_rows_edited_under_their_old_name_are_refused(tmp_path, monkeypatch):
+    saying(monkeypatch, lambda row: "A")
+    rows = [choice(i, picture(tmp_path / "a.png", "red")) for i in range(2)]
+    cfg = replace(TINY, dataset=str(write_rows(tmp_path / "rows.jsonl", rows)), limit=None, out=str(tmp_path / "out"))
+    evaluate.main(cfg)
+    write_rows(tmp_path / "rows.jsonl", [rows[0], {**rows[1], "gold": "B"}])
+    with pytest.raises(ValueError, match="rows and prompt text was"):
+        evaluate.main(cfg)
+
+
+def test_weights_trained_anew_under_the_old_name_count_as_another_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one" * 1000)
+    first = evaluate.weights_hash(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"one" * 999 + b"two")
+    assert first != evaluate.weights_hash(tmp_path) and evaluate.weights_hash(tmp_path / "none") is None
+
+
+def test_a_failed_start_leaves_no_settings_behind(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: (_ for _ in ()).throw(ValueError("no model there")))
+    with pytest.raises(ValueError):
+        evaluate.main(replace(TINY, out=str(tmp_path / "out"), seed=2))
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+    evaluate.main(replace(TINY, out=str(tmp_path / "out"), limit=2))
+
+
+def test_two_at_once_are_refused(tmp_path):
+    path = tmp_path / "transcripts.jsonl"
+    with open(path, "ab") as first, open(path, "ab") as second:
+        evaluate.lock(first)
+        with pytest.raises(ValueError, match="another evaluate.py"):
+            evaluate.lock(second)
+
+
+@pytest.mark.parametrize("text, named", [
+    (b'{"id": "a"}\n{"id": "b\n{"id": "c"}\n', "line 2: not a transcript"),
+    (b'{"id": "a"}\n[1]\n', "line 2: not a transcript"),
+    (b'{"id": "a"}\n{"id": "b"}\n{"id": "a"}\n', "line 3: the id 'a' of line 1"),
+])  # fmt: skip
+def test_a_spoilt_transcript_file_is_named_with_its_line(tmp_path, text, named):
+    (tmp_path / "transcripts.jsonl").write_bytes(text)
+    with pytest.raises(ValueError, match=named):
+        evaluate.read_transcripts(tmp_path / "transcripts.jsonl")
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    class NearlyFull:
+        """A file that takes ten bytes of a second record and no more."""
+
+        def __init__(self, file):
+            self.file, self.name, self.fileno, self.truncate = file, file.name, file.fileno, file.truncate
+
+        def write(self, data):
+            if len(data) < 15:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[:10])
+
+    with open(tmp_path / "transcripts.jsonl", "ab", buffering=0) as file:
+        evaluate.append(file, [{"id": "a"}])
+        with pytest.raises(OSError, match="transcripts.jsonl was not written .*the same command goes on"):
+            evaluate.append(NearlyFull(file), [{"id": "b", "text": "long enough for two writes"}])
+        evaluate.append(file, [{"id": "c", "text": "\ud800 line\u2028break"}])
+    records, _ = evaluate.read_transcripts(tmp_path / "transcripts.jsonl")
+    assert [record["id"] for record in records] == ["a", "c"] and records[1]["text"] == "\ud800 line\u2028break"
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_gold_responses_score_one_and_wrong_letters_zero(tmp_path, monkeypatch):
+    rows = {row["id"]: row for row in scene_rows(40, level="easy", split="val")}
+    saying(monkeypatch, response_text)
+    cfg = replace(TINY, limit=40)
+    evaluate.main(replace(cfg, out=str(tmp_path / "gold")))
+    scores = json.loads((tmp_path / "gold" / "scores.json").read_text())
+    assert (scores["n"], scores["accuracy"], scores["unparsed"], scores["format"]) == (40, 1.0, 0.0, 1.0)
+    assert (
+        scores["scene"]["iou"] == pytest.approx(1.0)
+        and scores["scene"]["object_f1"] == scores["scene"]["relation_f1"] == 1.0
+    )
+    assert scores["scene"]["n_relation"] == sum(bool(row["scene"]["relationships"]) for row in rows.values()) > 0
+    assert scores["chance"] == pytest.approx(sum(1 / len(row["options"]) for row in rows.values()) / 40)
+    assert sum(part["n"] for part in scores["by_category"].values()) == 40 and len(scores["by_category"]) > 2
+    assert scores["evaluation"]["config"]["model"] == "random:tiny" and scores["graded_with"]["torch"]
+
+    saying(monkeypatch, lambda row: response_text(row, letter="A" if row["gold"] == "B" else "B"))
+    evaluate.main(replace(cfg, out=str(tmp_path / "wrong")))
+    scores = json.loads((tmp_path / "wrong" / "scores.json").read_text())
+    assert scores["accuracy"] == 0.0 and scores["unparsed"] == 0.0 and scores["scene"]["iou"] == pytest.approx(1.0)
+
+
+def test_standard_error_by_hand():
+    def records(*correct):
+        return [{"correct": value} for value in correct] + [{"skipped": "broken"}]
+
+    assert evaluate.accuracy(records(True, True, True, False)) == {
+        "n": 4,
+        "accuracy": 0.75,
+        "se": math.sqrt(0.75 * 0.25 / 4),
+    }
+    assert evaluate.accuracy(records(True)) == {"n": 1, "accuracy": 1.0, "se": 0.0}
+    assert evaluate.accuracy(records()) == {"n": 0, "accuracy": None, "se": None}
+    # a grader that gives parts of a point: deviation of 0, 0.5, 1 is sqrt(1 / 6)
+    assert evaluate.accuracy(records(0.0, 0.5, 1.0))["se"] == pytest.approx(math.sqrt(1 / 6 / 3))
+
+
+def test_broken_and_overlong_rows_are_named_and_not_in_the_denominator(tmp_path, monkeypatch, capsys):
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(picture(tmp_path / "good.png", "red").read_bytes()[:60])
+    good, absent = tmp_path / "good.png", tmp_path / "absent.png"
+    rows = [
+        choice(0, good),
+        choice(1, torn),
+        choice(2, good, question="where " * 400),
+        choice(3, absent),
+        choice(4, good),
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    cfg = replace(TINY, dataset=str(data), limit=None, max_prompt_tokens=300)
+    for control in ("none", "blind"):
+        evaluate.main(replace(cfg, out=str(tmp_path / control), control=control))
+        scores = json.loads((tmp_path / control / "scores.json").read_text())
+        assert scores["n"] == 2 and [row["id"] for row in scores["skipped"]] == ["r1", "r2", "r3"], scores["skipped"]
+        assert len(lines_of(tmp_path / control)) == 5
+        printed = capsys.readouterr().out
+        assert "3 rows skipped, not counted" in printed and "absent.png cannot be read" in printed
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("skipped rows are not asked again"))
+    evaluate.main(replace(cfg, out=str(tmp_path / "none")))
+
+
+def test_a_file_with_no_answer_at_all_still_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: lambda rows, seed: [{"skipped": "torn"} for _ in rows])
+    evaluate.main(replace(TINY, out=str(tmp_path)))
+    assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] is None
+    assert "10 rows skipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- grading again
+
+
+def test_grading_again_gives_the_same_file_and_mends_verdicts(unbroken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("grading needs no model"))
+    evaluate.main(Config(regrade=str(unbroken / "transcripts.jsonl"), out=str(tmp_path)))
+    assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
+    assert (tmp_path / "scores.json").read_bytes() == (unbroken / "scores.json").read_bytes()
+
+    lines = lines_of(tmp_path)
+    lines[3]["correct"] = not lines[3]["correct"]
+    (tmp_path / "transcripts.jsonl").write_bytes(b"".join(map(evaluate.encoded, lines)))
+    evaluate.main(Config(regrade=str(tmp_path / "transcripts.jsonl")))
+    assert f"1 of 10 verdicts changed: {lines[3]['id']}" in capsys.readouterr().out
+    assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
+
+
+def test_grading_again_overwrites_no_other_file_and_names_what_is_no_transcript(unbroken, tmp_path):
+    other = tmp_path / "transcripts.jsonl"
+    other.write_text('{"id": "x"}\n')
+    with pytest.raises(ValueError, match="exists already"):
+        evaluate.main(Config(regrade=str(unbroken / "transcripts.jsonl"), out=str(tmp_path)))
+    with pytest.raises(ValueError, match="line 1: no category, options, .* no transcript"):
+        evaluate.main(Config(regrade=str(other)))
+    assert other.read_text() == '{"id": "x"}\n'
+
+
+# ---------------------------------------------------------------- controls
+
+
+@pytest.mark.parametrize("control", ["none", "blind", "swapped"])
+def test_controls_change_the_picture_and_nothing_else(tmp_path, monkeypatch, control):
+    rows = scene_rows(10, level="easy", split="val")
+    asked = saying(monkeypatch, lambda row: "A")
+    evaluate.main(replace(TINY, out=str(tmp_path), control=control, style="spatialthinker"))
+    lines = lines_of(tmp_path)
+    for row, seen, line in zip(rows, asked, lines, strict=True):
+        assert (
+            evaluate.build_prompt(seen, "spatialthinker")
+            == evaluate.build_prompt(row, "spatialthinker")
+            == line["prompt"]
+        )
+        own, shown = row["images"][0].tobytes(), [image.tobytes() for image in seen["images"]]
+        assert {"none": shown == [own], "blind": shown == [], "swapped": len(shown) == 1 and shown != [own]}[control]
+        assert ("picture_of" in line) == (control == "swapped") and line.get("picture_of") != line["id"]
+        assert line["control"] == control
+    if control == "swapped":
+        assert sorted(line["picture_of"] for line in lines) == sorted(row["id"] for row in rows), "each picture once"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_swapped_never_gives_a_row_its_own_photo_though_many_rows_share_one(tmp_path, seed):
+    """Photos of 1, 2, 3 and 4 rows; two of the files hold the same photo under two names."""
+    rows = []
+    for name, colour, times in (
+        ("a", "red", 1),
+        ("b", "blue", 2),
+        ("c", "green", 3),
+        ("d", "black", 2),
+        ("e", "black", 2),
+    ):
+        path = str(picture(tmp_path / f"{name}.png", colour))
+        rows += [{"id": f"{name}{i}", "images": [path], "kind": "choice"} for i in range(times)]
+    donors = evaluate.swapped_pictures(rows, seed)
+    assert donors == evaluate.swapped_pictures(rows, seed)
+    assert len({donor["id"] for donor in donors.values()}) == len(rows)
+    for row in rows:
+        assert {row["id"][0], donors[row["id"]]["id"][0]} not in ({row["id"][0]}, {"d", "e"})
+
+
+def test_swapped_says_when_there_is_nothing_to_swap_with(tmp_path):
+    a, b = (str(picture(tmp_path / f"{name}.png", name)) for name in ("red", "blue"))
+    rows = [{"id": f"a{i}", "images": [a], "kind": "choice"} for i in range(3)]
+    others = [("b", [b], "choice"), ("two", [a, b], "choice"), ("number", [b], "number"), ("text", [], "choice")]
+    rows += [{"id": key, "images": images, "kind": kind} for key, images, kind in others]
+    donors = evaluate.swapped_pictures(rows, 1)
+    assert [donors[key] for key in ("two", "number", "text")] == [None] * 3
+    found = [donor["images"] for key, donor in donors.items() if donor and key[0] == "a"]
+    assert found == [[b]] and donors["b"]["images"] == [a], "one blue photo can stand in for one red one"
+    assert "no other row" in evaluate.controlled(rows[4], "swapped", None)
+
+
+def test_swapped_works_with_boxes_in_the_resized_frame(model, tmp_path):
+    big, wide = picture(tmp_path / "big.png", "red", (150, 90)), picture(tmp_path / "wide.png", "blue", (90, 60))
+    data = write_rows(tmp_path / "rows.jsonl", [choice(0, big), choice(1, wide)])
+    cfg = replace(
+        TINY, dataset=str(data), limit=None, box_frame="resized", control="swapped", out=str(tmp_path / "out")
+    )
+    evaluate.main(cfg)
+    assert [line["picture_of"] for line in lines_of(tmp_path / "out")] == ["r1", "r0"]
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_settings_left_out_are_those_of_the_run_that_made_the_checkpoint(tmp_path, capsys):
+    checkpoint = tmp_path / "demo" / "step_40"
+    checkpoint.mkdir(parents=True)
+    run = dict(
+        style="short", min_pixels=784, max_pixels=448 * 448, box_frame="resized", max_completion_tokens=160, lr=1.0
+    )
+    (tmp_path / "demo" / "config.json").write_text(json.dumps({"config": run}))
+    cfg = evaluate.with_trained_settings(Config(model=str(checkpoint), max_pixels=50_000))
+    assert (cfg.style, cfg.min_pixels, cfg.max_pixels, cfg.box_frame, cfg.max_tokens) == (
+        "short",
+        784,
+        50_000,
+        "resized",
+        160,
+    )
+    assert "style short" in capsys.readouterr().out
+    assert evaluate.default_out(replace(cfg, control="blind")) == "evaluations/scenes-demo-val_demo-step_40_blind"
+
+    cfg = evaluate.with_trained_settings(Config(model="random:tiny"))
+    assert (cfg.style, cfg.min_pixels, cfg.box_frame, cfg.max_tokens) == ("spatialthinker", 512 * 512, "original", 2048)
+    (tmp_path / "demo" / "config.json").write_text('["some other file"]')
+    assert evaluate.with_trained_settings(Config(model=str(checkpoint))).style == "spatialthinker"
+
+
+def test_style_row_gives_way_where_rows_have_no_prompt_of_their_own():
+    rows = [{"problem": "Image size: (4 x 4)\nQ. Where?"}, {"problem": None}]
+    assert evaluate.with_worded_style(Config(style="row"), rows).style == "spatialthinker"
+    assert evaluate.with_worded_style(Config(style="row"), rows[:1]).style == "row"
+    assert evaluate.with_worded_style(Config(style="short"), rows).style == "short"
+
+
+# ---------------------------------------------------------------- one picture
+
+
+def test_one_picture_is_answered_and_saved_with_the_boxes_of_the_answer(tmp_path, monkeypatch, capsys):
+    row = scene_row(7, level="easy")
+    row["images"][0].save(tmp_path / "photo.png")
+    seen = []
+
+    def generate(self, prompts, *, n, max_tokens, temperature, seed):
+        seen.extend(prompts)
+        return [[Completion([1], [0.0], response_text(row), True)] for _ in prompts]
+
+    monkeypatch.setattr(rollout.HFRollout, "generate", generate)
+    about = dict(image=str(tmp_path / "photo.png"), question=row["question"], options=tuple(row["options"]))
+    evaluate.main(Config(**SMALL, **about, out=str(tmp_path / "out")))
+    [prompt] = seen
+    assert len(prompt.images) == 1 and row["question"] in evaluate.build_prompt(prompt.row, "short")
+    printed = capsys.readouterr().out
+    assert f"answer: ({row['gold']}) {row['options']['ABCD'.index(row['gold'])]}" in printed
+    assert json.dumps(row["scene"]) in printed
+    with Image.open(tmp_path / "out" / "answer.png") as drawn:
+        zoom = drawn.width // row["size"][0]
+        assert drawn.size == (row["size"][0] * zoom, row["size"][1] * zoom)
+        for colour, thing in zip(evaluate.COLOURS, row["scene"]["objects"], strict=False):
+            x1, y1, x2, y2 = (v * zoom for v in thing["bbox"])
+            rgb = tuple(bytes.fromhex(colour[1:]))
+            assert all(drawn.getpixel(xy) == rgb for xy in ((x1, y2), (x2, y1), (x2, y2), ((x1 + x2) // 2, y2)))
+            assert drawn.getpixel((x1 - 3, y2)) != rgb
+
+
+def test_an_open_question_and_an_answer_without_a_scene(tmp_path, monkeypatch, capsys):
+    saying(monkeypatch, lambda row: "no tags here")
+    evaluate.main(
+        Config(**SMALL, image=str(picture(tmp_path / "p.png", "red")), question="What?", out=str(tmp_path / "out"))
+    )
+    assert "none that could be read" in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "answer.png") as drawn:
+        assert len(drawn.getcolors()) == 1
+
+
+def test_any_boxes_can_be_drawn():
+    boxes = [[50, 30, 10, 5], [10**400, -(10**400), 5, 5], [math.nan, math.inf, -math.inf, 3.5], [-50, -50, 500, 500],
+             [7, 7, 7, 7], [True, 0, 0, 0]]  # fmt: skip
+    objects = [{"id": f"thing.{i}", "bbox": box} for i, box in enumerate(boxes)]
+    drawn = evaluate.draw_boxes(Image.new("RGB", (60, 40), "white"), objects, (60, 40))
+    assert drawn.width >= 448 and len(drawn.getcolors(10**6)) > len(boxes)
+
+
+def test_boxes_of_a_resized_frame_land_on_the_original_picture():
+    drawn = evaluate.draw_boxes(
+        Image.new("RGB", (500, 500), "white"), [{"id": "a.1", "bbox": [50, 0, 100, 100]}], (100, 100)
+    )
+    red = tuple(bytes.fromhex(evaluate.COLOURS[0][1:]))
+    assert (
+        drawn.size == (500, 500) and drawn.getpixel((250, 400)) == red and drawn.getpixel((240, 400)) == (255, 255, 255)
+    )
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(model=None), "--model is missing"),
+    (dict(model="runs/none/such/step_9"), "runs/none/such/step_9"),
+    (dict(dataset="nowhere.jsonl"), "nowhere.jsonl: no such file"),
+    (dict(dataset="scenes:nolevel@val"), "unknown level 'nolevel'"),
+    (dict(provider="carrier-pigeon"), "--provider carrier-pigeon: unknown"),
+    (dict(control="deaf"), "--control deaf: unknown, choose none, blind or swapped"),
+    (dict(style="haiku"), "'haiku' is unknown"),
+    (dict(dtype="int4"), "--dtype int4"),
+    (dict(limit=0), "--limit"),
+    (dict(image="absent.jpg", question="Where?"), "--image absent.jpg: no such file"),
+    (dict(image="absent.jpg"), "--image needs --question"),
+    (dict(regrade="absent.jsonl"), "--regrade absent.jsonl: no such file"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, change, named):
+    with pytest.raises((ValueError, OSError)) as error:
+        evaluate.main(replace(TINY, out=str(tmp_path / "out"), **change))
+    assert named in str(error.value) and "\n" not in str(error.value), str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_picture_is_one_line(tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match="text.jpg cannot be read"):
+        evaluate.main(replace(TINY, image=str(tmp_path / "text.jpg"), question="Where?", out=str(tmp_path / "out")))
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+
+    small = ["--style", "short", "--min-pixels", "784", "--max-pixels", "12544", "--max-tokens", "4"]
+    out = str(tmp_path / "out")
+    run("--model", "random:tiny", "--dataset", "scenes:easy@val", "--limit", "3", *small, "--out", out)
+    printed = capsys.readouterr()
+    assert "chance" in printed.out and "row 3/3" in printed.err and len(lines_of(tmp_path / "out")) == 3
+    with pytest.raises(SystemExit) as stop:
+        run("--model", "random:tiny", "--image", "absent.jpg", "--question", "Where?", "--options", "left", "right")
+    assert stop.value.code == "error: --image absent.jpg: no such file"

@@ -1,0 +1,506 @@
+"""GRPO on a vision-language model: sample groups, score them, push up what scored above its group's mean.
+
+    python train_grpo.py demo                                             a small model on procedural scenes, no GPU
+    torchrun --nproc_per_node=4 train_grpo.py spatialthinker-7b           the published recipe on your box
+    python train_grpo.py spatialthinker-3b --dry-run                      rows, one prompt, lengths, memory; no training
+
+One step, from top to bottom of `main`: rows -> sample G completions each -> rewards (B, G) -> advantages (B, G) ->
+packed micro-batches -> clipped policy loss + KL to the frozen start -> optimiser step. Differences from the published
+SpatialThinker code, each on purpose: the loss is a sum over global counts (not a mean of micro-batch means); a group of
+equal rewards gets exactly 0; the first learning rate is not 0; old log-probs need a pass of their own only when a
+rollout is used for several optimiser steps; overlong prompts are dropped at load, never cut.
+"""
+
+import os
+from dataclasses import asdict, dataclass, replace
+
+import runs
+
+if __name__ == "__main__":
+    runs.check_shadowed_kernels()  # before anything imports transformers
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+
+import ranks
+import scoring
+from data.dataset import encode, encode_rows, load_rows
+from kernels.policy_loss import policy_loss
+from metrics import Clock, LossStats, reward_metrics
+from model import (
+    Packed, Policy, banned_ids, frozen_copy, load_model, pack, pack_groups, reduce_gradients, save_hf, weights,
+)  # fmt: skip
+from optim import MasterOptimizer, learning_rate
+from rollout import HFRollout, VLLMRollout, choose_rollout
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "random:tiny"  # checkpoint folder, hub id, or random:tiny|demo|3b|7b
+    processor: str | None = None  # tokenizer and picture processor, if not the model's own
+    data: str = "scenes:demo@train"  # hub id, folder, .parquet, .jsonl, name@split, or scenes:LEVEL@train
+    val_data: str | None = None  # the same for validation
+    limit: int | None = None  # first rows of data only (how many to draw, for scenes)
+    val_limit: int | None = 256  # first rows of val_data only
+    name: str = "run"  # run folder: runs/NAME
+    resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
+    dry_run: bool = False  # show rows, a prompt, lengths and memory, then stop
+    seed: int = 1
+
+    # prompts
+    style: str = "row"  # spatialthinker, reasoning, no_reasoning, reasoning_end, short, row (the row's own), or a file
+    box_frame: str = "original"  # boxes in pixels of the original (published) or the resized picture
+    min_pixels: int = 512 * 512  # pictures are resized into this range before the processor sees them
+    max_pixels: int = 2048 * 2048
+    max_prompt_tokens: int = 6144  # longer prompts are dropped at load, and counted
+    max_completion_tokens: int = 2048
+
+    # sampling
+    prompts_per_step: int = 512  # over all ranks
+    group_size: int = 8  # completions a prompt
+    temperature: float = 1.0
+    val_temperature: float = 0.0  # 0 is greedy
+    rollout: str = "auto"  # auto (vllm where it and a GPU are there), hf, vllm
+    rollout_sequences: int = 256  # completions decoded side by side
+    engine_memory: float = 0.5  # vLLM: share of the GPU that the awake engine may fill
+    engine_eager: bool = False  # vLLM: no CUDA graphs, starts faster and samples slower
+    sleep_level: int = 2  # vLLM: 2 drops the weights while asleep, 1 keeps them in host memory
+    importance_cap: float = 2.0  # vLLM: cap of the weight exp(trainer - engine log-prob) of a token; 0: no weight
+    max_gap: float = 0.2  # the run stops when engine and trainer log-probs differ by more, on average
+
+    # reward
+    reward: str = "spatialthinker"  # spatialthinker, vanilla, vanilla-scene, or path/to/file.py:function
+    reward_mode: str = "upstream"  # upstream (as published) or corrected
+    similarity: str = "lexical"  # of object labels: lexical, exact, spacy (published), or file.py:function
+    reward_workers: int | None = None  # processes; None: 0 (this one) for the built-in rewards, up to 4 for a file's
+    reward_seconds: float = 10.0  # time limit of one sample
+
+    # loss
+    normalize: str = "token"  # token: mean over tokens; sequence: mean over completions of their token means
+    scale_by_std: bool = True  # advantages divided by the group's standard deviation
+    clip_low: float = 0.2
+    clip_high: float = 0.3
+    dual_clip: float = 3.0  # 0: off
+    kl: str = "k3"  # none, k1, k2, k3, abs, chi2; against the frozen start
+    kl_coef: float = 0.01  # 0 loads no reference
+
+    # optimisation
+    steps: int = 75  # rollouts
+    mini_batches: int = 4  # optimiser steps a rollout
+    token_budget: int = 16384  # packed tokens of a micro-batch
+    lr: float = 1e-6
+    schedule: str = "constant"  # constant, cosine, linear
+    warmup_steps: int = 0  # of optimiser steps
+    optimizer: str = "adamw"  # adamw or muon, on fp32 master weights
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    max_skipped: int = 10  # optimiser steps in a row with a non-finite gradient before the run stops
+    freeze_vision: bool = False
+    checkpointing: bool = False  # recompute activations in the backward pass
+    dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
+    device: str = "auto"
+
+    # records
+    val_every: int = 5  # steps; also before the first and after the last; 0: never
+    save_every: int = 5
+    keep: int = 2  # checkpoints
+    samples_every: int = 5
+
+
+SPATIALTHINKER = Config(
+    model="Qwen/Qwen2.5-VL-7B-Instruct", data="OX-PIXL/STVQA-7K@train", val_data="OX-PIXL/STVQA-7K@val", val_limit=None,
+    name="spatialthinker-7b", checkpointing=True,
+)  # fmt: skip
+
+PRESETS = {
+    "demo": (
+        "A small model and procedural scenes: minutes on two CPU cores.",
+        Config(
+            model="random:demo", data="scenes:demo@train", val_data="scenes:demo@val", limit=4096, val_limit=128,
+            name="demo", style="short", min_pixels=784, max_pixels=448 * 448, max_prompt_tokens=512,
+            max_completion_tokens=160, prompts_per_step=16, mini_batches=1, reward_mode="corrected",
+            similarity="exact", kl="none", kl_coef=0.0, steps=40, lr=1e-4, val_every=20, save_every=20,
+            token_budget=8192,
+        ),
+    ),
+    "spatialthinker-3b": (
+        "SpatialThinker on Qwen2.5-VL-3B as published: 512 prompts x 8, 75 steps (4 GPUs, 52 H100-hours published).",
+        replace(SPATIALTHINKER, model="Qwen/Qwen2.5-VL-3B-Instruct", name="spatialthinker-3b"),
+    ),
+    "spatialthinker-7b": (
+        "SpatialThinker on Qwen2.5-VL-7B as published: 512 prompts x 8, 75 steps (4 GPUs, 60 H100-hours published).",
+        SPATIALTHINKER,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- the algorithm
+
+
+def group_advantages(rewards: Tensor, *, scale_by_std: bool = True) -> Tensor:
+    """rewards (B, G) -> advantages (B, G): above or below the group's mean, in standard deviations (spec 4.2).
+
+    A group of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
+    if rewards.shape[1] < 2:
+        raise ValueError("a group needs at least 2 completions: --group-size 2 or more")
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return centred.masked_fill(flat, 0.0)
+
+
+def token_scale(packed: Packed, normalize: str, tokens: float, sequences: float) -> Tensor:
+    """(M,) weight of each token in the loss, from counts that are global over ranks and micro-batches."""
+    if normalize == "token":
+        return packed.loss_mask / tokens
+    if normalize == "sequence":
+        own = torch.zeros_like(packed.lengths, dtype=torch.float32).index_add(0, packed.sequence, packed.loss_mask)
+        return packed.loss_mask / (own.clamp(min=1.0)[packed.sequence] * sequences)
+    raise ValueError(f"--normalize {normalize}: token or sequence")
+
+
+def global_counts(packs: list[Packed], device) -> tuple[float, float, int]:
+    """Tokens and completions that count, over all ranks, and the largest number of micro-batches of any rank."""
+    tokens = sum(float(p.loss_mask.sum()) for p in packs)
+    sequences = sum(len(torch.unique(p.sequence[p.loss_mask > 0])) for p in packs)
+    sums = torch.tensor([tokens, sequences], dtype=torch.float64, device=device)
+    most = torch.tensor(len(packs), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return max(1.0, float(sums[0])), max(1.0, float(sums[1])), int(most)
+
+
+def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimizer, prompts: list, groups: list,
+               advantages: Tensor, cfg: Config, *, step: int) -> dict[str, float]:  # fmt: skip
+    """The optimiser steps of rollout number `step` on this rank's groups; advantages (B, G).
+
+    Returns metrics summed or averaged over ranks, the same on each."""
+    size = -(-len(prompts) // cfg.mini_batches)
+    parts = [slice(i, i + size) for i in range(0, size * cfg.mini_batches, size)]
+    batches = [
+        pack(prompts[part], groups[part], policy.config, token_budget=cfg.token_budget, advantages=advantages[part])
+        for part in parts
+    ]
+    stats = LossStats(policy.device)
+    with torch.no_grad():
+        for packed in (p for packs in batches for p in packs):
+            on_device = packed.to(policy.device)
+            if reference is not None:
+                packed.ref_logp = reference(on_device, temperature=cfg.temperature)[0]
+            if cfg.mini_batches > 1:  # with one optimiser step the forward of that step is the old policy
+                packed.old_logp = policy(on_device, temperature=cfg.temperature)[0]
+
+    for i, packs in enumerate(batches):
+        tokens, sequences, most = global_counts(packs, policy.device)
+        # Every rank runs the same number of micro-batches; the extra ones repeat the first with weight 0.
+        packs = packs + [replace(packs[0], loss_mask=torch.zeros_like(packs[0].loss_mask))] * (most - len(packs))
+        for packed in packs:
+            packed = packed.to(policy.device)
+            logp, entropy = policy(packed, temperature=cfg.temperature)
+            scale = token_scale(packed, cfg.normalize, tokens, sequences)
+            loss, seen = policy_loss(
+                logp, packed.advantages, scale, old_logp=packed.old_logp, ref_logp=packed.ref_logp,
+                rollout_logp=packed.rollout_logp if cfg.importance_cap > 0 else None, importance_cap=cfg.importance_cap,
+                clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+                kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef,
+            )  # fmt: skip
+            loss.backward()
+            stats.add({**seen, "entropy_sum": (entropy.detach() * (scale > 0)).sum()})
+            if packed.old_logp is not None or len(batches) == 1:  # nothing was updated since these were sampled
+                stats.add_gap(logp.detach() if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
+        reduce_gradients(optimizer.gradients)
+        rate = learning_rate(step * cfg.mini_batches + i, peak=cfg.lr, schedule=cfg.schedule,
+                             warmup_steps=cfg.warmup_steps, total_steps=cfg.steps * cfg.mini_batches)  # fmt: skip
+        stats.norms.append(optimizer.step(lr=rate))
+    return stats.result() | {"optim/lr": rate}
+
+
+# ---------------------------------------------------------------- around the algorithm
+
+
+def take(rows: list[dict], cursor: int, count: int, seed: int) -> list[dict]:
+    """`count` rows from position `cursor` of one endless global order: each pass a new permutation of all rows.
+
+    The whole state of the data is the cursor, one integer."""
+    out = []
+    while len(out) < count:
+        epoch, offset = divmod(cursor + len(out), len(rows))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        out += [rows[i] for i in order[offset : offset + count - len(out)]]
+    return out
+
+
+def score(pool, rows: list[dict], groups: list[list]) -> tuple[Tensor, list[dict]]:
+    """Rewards (B, G) and every part by name, a dict a completion in the same order."""
+    texts = [c.text for group in groups for c in group]
+    parts = pool.score(texts, [row for row, group in zip(rows, groups) for _ in group])
+    return torch.tensor([p["total"] for p in parts]).view(len(groups), -1), parts
+
+
+def validate(rollout, policy, processor, pool, rows: list[dict], cfg: Config, rank: int, world: int) -> dict:
+    """The training reward on held-out rows, greedily; every rank takes its share."""
+    own = rows[rank::world]
+    prompts = [encode(row, processor, **encoding(cfg)) for row in own]
+    rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
+    groups = rollout.generate(prompts, n=1, max_tokens=cfg.max_completion_tokens, temperature=cfg.val_temperature,
+                              seed=cfg.seed) if own else []  # fmt: skip
+    rollout.sleep()
+    _, parts = score(pool, own, groups) if own else (None, [])
+    return reward_metrics("val", parts, groups)
+
+
+def encoding(cfg: Config) -> dict:
+    return dict(style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+
+
+def sampling_seed(cfg: Config, step: int, rank: int) -> int:
+    """Different for every step and rank, the same when a run is resumed."""
+    return (cfg.seed * 1_000_003 + step) * 1_009 + rank
+
+
+def check_config(cfg: Config, world: int) -> None:
+    """Settings that cannot work, in one line each, before anything is loaded."""
+    if cfg.prompts_per_step % (world * cfg.mini_batches):
+        raise ValueError(f"--prompts-per-step {cfg.prompts_per_step} does not divide into {world} ranks x "
+                         f"{cfg.mini_batches} mini-batches")  # fmt: skip
+    if cfg.group_size < 2:
+        raise ValueError("--group-size: a group needs at least 2 completions")
+    if cfg.temperature <= 0:
+        raise ValueError("--temperature: training samples, so it must be above 0")
+
+
+def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
+    """Rows of a source that fit: overlong prompts and broken pictures dropped, counted and printed."""
+    rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+    kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, **encoding(cfg))
+    if not kept:
+        raise ValueError(f"{source}: no row left of {len(rows)} ({counts}); raise --max-prompt-tokens or check the file")
+    scoring.check_rows(cfg.reward, kept)
+    return kept
+
+
+def transcripts(rows, groups, parts, advantages, limit: int = 4) -> list[dict]:
+    """Whole samples of the first groups, for samples.jsonl."""
+    G = advantages.shape[1]
+    return [
+        {"id": rows[b]["id"], "images": rows[b]["images"], "question": rows[b]["question"], "gold": rows[b]["gold"], "text": c.text,
+         "finished": c.finished, "advantage": round(float(advantages[b, g]), 4), "reward": parts[b * G + g]}
+        for b in range(min(limit, len(groups))) for g, c in enumerate(groups[b])
+    ]  # fmt: skip
+
+
+def restore(folder, optimizer: MasterOptimizer, rank: int) -> dict:
+    """Weights, optimiser and generators of a checkpoint, in full precision; returns its cursor and counters."""
+    state = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if rank < len(state["rng"]):
+        runs.set_rng_state(state["rng"][rank])
+    return state
+
+
+def save(run, step: int, policy, processor, optimizer, cfg: Config, rank: int, **state) -> None:
+    """runs/NAME/step_N: a folder that loads anywhere, and trainer/state.pt to go on from bit for bit."""
+    rng = ranks.gather(runs.rng_state())
+
+    def write(folder) -> None:
+        if rank == 0:
+            save_hf(policy, processor, folder)
+            (folder / "trainer").mkdir()
+            torch.save({"optimizer": optimizer.state_dict(), "rng": rng, **state}, folder / "trainer" / "state.pt")
+
+    runs.save_checkpoint(run, step, write, keep=cfg.keep, rank=rank, barrier=ranks.barrier)
+
+
+def dry_run(cfg: Config, policy: Policy, processor, rows: list[dict], world: int) -> None:
+    """What a run would see and hold: a rendered prompt, prompt lengths, memory by phase."""
+    prompts = [encode(row, processor, **encoding(cfg)) for row in rows[:64]]
+    lengths = sorted(len(p.expanded) for p in prompts)
+    print(f"\nfirst prompt ({len(prompts[0].expanded)} tokens, one placeholder a picture shown):")
+    print(processor.tokenizer.decode(prompts[0].ids))
+    print(f"\nprompt tokens of {len(lengths)} rows: least {lengths[0]}, median {lengths[len(lengths) // 2]}, most {lengths[-1]}")
+    print(f"steps: {cfg.steps} x {cfg.prompts_per_step} prompts = {cfg.steps * cfg.prompts_per_step / len(rows):.1f} passes "
+          f"over {len(rows)} rows, {cfg.steps * cfg.mini_batches} optimiser steps on {world} ranks")  # fmt: skip
+    print("\nmemory of one rank, estimated, GiB:")
+    for phase, parts in memory_estimate(cfg, policy).items():
+        print(f"  {phase:9s} {sum(parts.values()):7.2f}   " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v > 0.005))
+
+
+def memory_estimate(cfg: Config, policy: Policy) -> dict[str, dict[str, float]]:
+    """GiB by phase and cause, from shapes: weights and optimiser exactly, activations to about a third."""
+    gib = 2.0**-30
+    text, width = policy.config.text_config, next(policy.model.parameters()).element_size()
+    everything = sum(p.numel() for p in policy.model.parameters())
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    held = {
+        "weights": everything * width * gib,
+        "masters": trained * (4 if width < 4 else 0) * gib,
+        "moments": trained * 8 * gib,
+        "reference": everything * width * gib if uses_reference(cfg) else 0.0,
+    }
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * width
+    a_token = text.hidden_size * (2 if cfg.checkpointing else 20) + text.intermediate_size * (0 if cfg.checkpointing else 4)
+    activations = cfg.token_budget * text.num_hidden_layers * a_token * width
+    logits = min(cfg.token_budget, 2048) * text.vocab_size * 12  # one chunk: logits, softmax, gradient in fp32
+    return {
+        "generate": {**held, "key-value cache": cfg.rollout_sequences * (cfg.max_prompt_tokens + cfg.max_completion_tokens) * cache * gib},
+        "update": {**held, "gradients": trained * 4 * gib, "activations": activations * gib, "logits": logits * gib},
+        "save": {**held, "copy on the host": everything * 2 * gib},
+    }  # fmt: skip
+
+
+def uses_reference(cfg: Config) -> bool:
+    return cfg.kl != "none" and cfg.kl_coef > 0
+
+
+def main(cfg: Config) -> None:
+    with runs.one_line_errors():
+        check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        pool = scoring.RewardPool(  # its processes start before this one touches a GPU
+            cfg.reward, mode=cfg.reward_mode, similarity=cfg.similarity, workers=cfg.reward_workers,
+            time_limit=cfg.reward_seconds,
+        )  # fmt: skip
+        rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
+    with runs.die_together(rank, world_size=world), pool:
+        with runs.one_line_errors():
+            model, processor = load_model(cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device))
+            policy = Policy(model, banned_ids(processor, model))
+            if cfg.freeze_vision:
+                policy.freeze_vision()
+            if cfg.checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            rows = load_data(cfg, cfg.data, cfg.limit, processor)
+            val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
+            if cfg.dry_run:
+                return dry_run(cfg, policy, processor, rows, world) if rank == 0 else None
+            run = runs.Path("runs") / cfg.name
+            if rank == 0:
+                runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
+            ranks.barrier()
+            pool.file = run / "failures.jsonl"
+        train(cfg, policy, processor, pool, rows, val_rows, run, rank, world)
+
+
+# Settings that a resumed run may change without becoming another run.
+MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
+              "dry_run", "engine_memory", "engine_eager", "sleep_level")  # fmt: skip
+
+
+def start_rollout(cfg: Config, policy: Policy, processor, rank: int):
+    """The engine, asleep. vLLM sizes its cache by the memory that is free now, so it starts before the optimiser."""
+    kind = choose_rollout(cfg.rollout, policy.device)
+    if kind == "hf":
+        return HFRollout(policy, processor, max_sequences=cfg.rollout_sequences)
+    rollout = VLLMRollout(
+        policy.config, processor, banned=policy.banned, max_prompt_tokens=cfg.max_prompt_tokens,
+        max_tokens=cfg.max_completion_tokens, memory=cfg.engine_memory, max_sequences=cfg.rollout_sequences,
+        sleep_level=cfg.sleep_level, seed=cfg.seed * 1_009 + rank, eager=cfg.engine_eager,
+        dtype=str(next(policy.parameters()).dtype).removeprefix("torch."),
+    )  # fmt: skip
+    rollout.sleep()
+    return rollout
+
+
+@torch.no_grad()
+def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> float:
+    """After a sleep and a sync: mean |engine - trainer| log-prob on a fixed prompt. Level 2 that comes back wrong (it has,
+    for some models) is replaced by level 1; an engine that still differs ends the run here."""
+    for level in dict.fromkeys((rollout.level, 1)):
+        rollout.level = level
+        rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
+        groups = rollout.generate([prompt], n=2, max_tokens=min(32, cfg.max_completion_tokens), temperature=1.0, seed=0)
+        rollout.sleep()
+        packed = pack_groups([prompt], groups, policy.config).to(policy.device)
+        gap = float((policy(packed)[0] - packed.rollout_logp).abs().mean())
+        if max(ranks.gather(gap)) <= cfg.max_gap:
+            return gap
+        print(f"engine check: log-probs differ by {gap:.3f} after level {level} sleep" + ("; trying level 1" if level == 2 else ""))
+    raise RuntimeError(f"the engine does not compute what the trainer computes (gap {gap:.3f}, --max-gap {cfg.max_gap})")
+
+
+def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, rank: int, world: int) -> None:
+    """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
+    rollout = start_rollout(cfg, policy, processor, rank)
+    reference = frozen_copy(policy) if uses_reference(cfg) else None
+    optimizer = MasterOptimizer(
+        policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
+        max_grad_norm=cfg.max_grad_norm,
+    )  # fmt: skip
+    start, cursor, skipped = 0, 0, 0
+    if cfg.resume and (newest := runs.latest_checkpoint(run)):
+        state = restore(newest[1], optimizer, rank)
+        start, cursor, skipped = newest[0], state["cursor"], state["skipped"]
+    if rank == 0:
+        runs.truncate_after(run, start)
+        print(f"{run}: {len(rows)} rows, {world} ranks on {policy.device.type}, {type(rollout).__name__}, from step {start}")
+    if isinstance(rollout, VLLMRollout):
+        gap = check_engine(rollout, policy, encode(rows[0], processor, **encoding(cfg)), cfg)
+        print(f"rank {rank}: engine and trainer log-probs differ by {gap:.4f} on average (level {rollout.level} sleep)")
+    stop = runs.stop_on_signals(stop_file=run / "stop", rank=rank)
+    progress = runs.Progress(cfg.steps, start=start, rank=rank)
+
+    for step in range(start, cfg.steps):
+        metrics, clock, last = {}, Clock(), step + 1 == cfg.steps
+        if val_rows and cfg.val_every and step % cfg.val_every == 0:
+            metrics |= validate(rollout, policy, processor, pool, val_rows, cfg, rank, world)
+            clock.lap("validate")
+
+        own = take(rows, cursor, cfg.prompts_per_step, cfg.seed)[rank::world]
+        cursor += cfg.prompts_per_step
+        prompts = [encode(row, processor, **encoding(cfg)) for row in own]
+        clock.lap("encode")
+        rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
+        clock.lap("sync")
+        groups = rollout.generate(prompts, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
+                                  temperature=cfg.temperature, seed=sampling_seed(cfg, step, rank))  # fmt: skip
+        clock.lap("generate")
+        rollout.sleep()
+        clock.lap("sleep")
+        rewards, parts = score(pool, own, groups)  # (B, G)
+        advantages = group_advantages(rewards, scale_by_std=cfg.scale_by_std)  # (B, G)
+        clock.lap("reward")
+        metrics |= train_step(policy, reference, optimizer, prompts, groups, advantages, cfg, step=step)
+        clock.lap("update")
+
+        metrics |= reward_metrics("reward", parts, groups)
+        metrics["reward/flat_groups"] = sum(ranks.gather(float((advantages == 0).all(dim=1).float().mean()))) / world
+        skipped = skipped + metrics["optim/skipped"] if metrics["optim/skipped"] else 0
+        check_health(cfg, step, metrics, skipped, run)
+        stopping = any(ranks.gather(stop.requested))  # signals reach ranks at different moments
+        if last and val_rows and cfg.val_every and not stopping:
+            after = validate(rollout, policy, processor, pool, val_rows, cfg, rank, world)
+            metrics |= {f"final_{name}": value for name, value in after.items()}
+            clock.lap("validate")
+        metrics |= clock.metrics()
+        if rank == 0:
+            runs.log_metrics(run, step, metrics)
+            if step % cfg.samples_every == 0 or last:
+                runs.log_samples(run, step, transcripts(own, groups, parts, advantages))
+            progress.show(step, {"reward": metrics["reward/total"], "accuracy": metrics.get("reward/accuracy", 0.0)})
+        if last or stopping or (step + 1) % cfg.save_every == 0:
+            save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=cursor, skipped=skipped)
+            if rank == 0:
+                runs.plot_reward(run)
+        if stopping:
+            break
+    progress.close()
+    if rank == 0:
+        print(f"{run}: metrics.jsonl, samples.jsonl, reward.png, {', '.join(p.name for p in sorted(run.glob('step_*')))}")
+
+
+def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: float, run) -> None:
+    """Ends a run that learns nothing any more, or learns from another policy than it samples."""
+    where = f"the last good checkpoint is {runs.latest_checkpoint(run)}"
+    if skipped > cfg.max_skipped:
+        raise RuntimeError(f"step {step}: {int(skipped)} optimiser steps in a row had a non-finite gradient; {where}")
+    if metrics.get("rollout/logprob_gap", 0.0) > cfg.max_gap:
+        raise RuntimeError(f"step {step}: engine and trainer log-probs differ by {metrics['rollout/logprob_gap']:.3f} on "
+                           f"average, more than --max-gap {cfg.max_gap}: the engine has other weights; {where}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS))

@@ -1,0 +1,244 @@
+"""Supervised fine-tuning on the rows that GRPO takes: the papers' baseline (bare answers), or a warm start (scene graphs).
+
+    python train_sft.py demo                            a small model from nothing on procedural scenes, before GRPO
+    python train_sft.py sft --model Qwen/Qwen2.5-VL-3B-Instruct --data OX-PIXL/STVQA-7K@train --response answer
+
+The prompt is masked: only the response's tokens count, each the same. Rows are packed as groups of one completion, so
+model, packing, optimiser, checkpoints and validation are those of train_grpo.py. Batches are made in worker processes
+from their step number alone, which is what makes a resumed run see the same ones. Procedural rows are drawn on the fly
+and never repeat.
+"""
+
+import random
+from dataclasses import asdict, dataclass, replace
+
+import runs
+
+if __name__ == "__main__":
+    runs.check_shadowed_kernels()  # before anything imports transformers
+
+import torch
+import tyro
+from torch.utils.data import DataLoader, Dataset
+
+import ranks
+import rewards
+import scoring
+from data.dataset import encode, encode_rows, load_rows
+from data.scenes import response_text, scene_rows
+from metrics import Clock
+from model import Packed, Policy, banned_ids, load_model, pack, reduce_gradients
+from optim import MasterOptimizer, learning_rate
+from rollout import Completion, HFRollout
+from train_grpo import encoding, global_counts, restore, save, take, token_scale, validate
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # checkpoint folder, hub id, or random:tiny|demo|3b|7b
+    processor: str | None = None  # tokenizer and picture processor, if not the model's own
+    data: str = "OX-PIXL/STVQA-7K@train"  # as train_grpo.py takes it; scenes:LEVEL@train draws new rows for ever
+    val_data: str | None = None
+    limit: int | None = None  # first rows of data only; scenes: None never repeats a row
+    val_limit: int | None = 256
+    name: str = "sft"  # run folder: runs/NAME
+    resume: bool = False
+    seed: int = 1
+
+    response: str = "full"  # full: the four-tag text with its scene graph; answer: the bare answer (the papers' baseline)
+    careless: float = 0.0  # share of procedural rows whose response answers wrongly, with the right boxes
+    style: str = "row"  # prompt style, as in train_grpo.py
+    box_frame: str = "original"
+    min_pixels: int = 512 * 512
+    max_pixels: int = 2048 * 2048
+    max_prompt_tokens: int = 6144
+
+    steps: int = 645  # optimiser steps
+    rows_per_step: int = 32  # over all ranks
+    token_budget: int = 16384  # packed tokens of a micro-batch
+    workers: int = 2  # processes that draw, encode and pack; 0: this one
+    lr: float = 1e-5
+    schedule: str = "cosine"  # constant, cosine, linear
+    warmup_steps: int = 64
+    optimizer: str = "adamw"  # adamw or muon
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    freeze_vision: bool = False
+    checkpointing: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+    max_completion_tokens: int = 512  # of validation
+    val_temperature: float = 0.0
+    rollout_sequences: int = 256
+    reward: str = "spatialthinker"  # of validation
+    reward_mode: str = "corrected"
+    similarity: str = "exact"
+    val_every: int = 100
+    save_every: int = 100
+    keep: int = 2
+
+
+DEMO = Config(
+    model="random:demo", data="scenes:demo@train", val_data="scenes:demo@val", val_limit=512, name="demo-sees",
+    style="short", min_pixels=784, max_pixels=448 * 448, max_prompt_tokens=512, max_completion_tokens=192,
+    rollout_sequences=512, steps=2400, rows_per_step=512, token_budget=131072, workers=14, lr=1.5e-3, optimizer="muon",
+    warmup_steps=100, weight_decay=0.0, betas=(0.9, 0.95), val_every=400, save_every=400,
+)  # fmt: skip
+
+PRESETS = {
+    "sft": ("The papers' baseline on Qwen2.5-VL-3B: three passes over STVQA-7K, bare answers.", Config(response="answer")),
+    "demo-sees": ("A small model learns to see procedural scenes, from nothing: minutes on one GPU.", DEMO),
+    "demo-careless": (
+        "The model that sees, taught careless answers to right boxes: what reinforcement learning then mends.",
+        replace(DEMO, model="runs/demo-sees/step_2400", name="demo-careless", careless=0.5, steps=200, lr=3e-4,
+                optimizer="adamw", warmup_steps=20, val_every=100, save_every=100),
+    ),
+}  # fmt: skip
+
+
+class Batches(Dataset):
+    """Step number -> this rank's packed micro-batches; nothing else decides what is in them."""
+
+    def __init__(self, cfg: Config, rows: list[dict] | None, processor, config, rank: int, world: int):
+        self.cfg, self.rows, self.processor, self.config = cfg, rows, processor, config
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return self.cfg.steps
+
+    def __getitem__(self, step: int) -> list[Packed]:
+        cfg, share = self.cfg, self.cfg.rows_per_step // self.world
+        if self.rows is None:
+            level = cfg.data.partition("@")[0].partition(":")[2] or "demo"
+            start = step * cfg.rows_per_step + self.rank * share
+            rows = scene_rows(share, seed=cfg.seed, level=level, start=start)
+        else:
+            rows = take(self.rows, step * cfg.rows_per_step, cfg.rows_per_step, cfg.seed)[self.rank :: self.world]
+        prompts = [encode(row, self.processor, **encoding(cfg)) for row in rows]
+        groups = [[target(row, self.processor, cfg)] for row in rows]
+        return pack(prompts, groups, self.config, token_budget=cfg.token_budget)
+
+
+def target(row: dict, processor, cfg: Config) -> Completion:
+    """The response that a row teaches, tokenised, ended by the end-of-turn token."""
+    text = response_of(row, cfg)
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    return Completion(ids, [0.0] * len(ids), text, True)
+
+
+def response_of(row: dict, cfg: Config) -> str:
+    """full: what the format reward wants; rows without gold observation and reasoning teach scene and answer only."""
+    if cfg.response == "answer":
+        return rewards.solution_text({**row, "scene": None})
+    if cfg.response != "full":
+        raise ValueError(f"--response {cfg.response}: full or answer")
+    if row["source"] != "scenes":
+        return rewards.solution_text(row)
+    careless = random.Random(row["id"]).random() < cfg.careless
+    return response_text(row, letter=mistaken_letter(row) if careless else row["gold"])
+
+
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def mistaken_letter(row: dict) -> str:
+    """The one wrong option that a careless reader takes: the opposite direction, otherwise the next option."""
+    right = "ABCD".index(row["gold"])
+    opposite = OPPOSITE.get(row["options"][right])
+    wrong = row["options"].index(opposite) if opposite in row["options"] else (right + 1) % len(row["options"])
+    return "ABCD"[wrong]
+
+
+def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float) -> dict[str, float]:
+    """One optimiser step on this rank's micro-batches; the loss is the mean over all ranks' response tokens."""
+    tokens, sequences, _ = global_counts(packs, policy.device)
+    total = torch.zeros((), device=policy.device)
+    for packed in packs:
+        packed = packed.to(policy.device)
+        logp, _ = policy(packed)
+        loss = -(logp * token_scale(packed, "token", tokens, sequences)).sum()
+        loss.backward()
+        total += loss.detach()
+    reduce_gradients(optimizer.gradients)
+    norm = optimizer.step(lr=lr)
+    return {"loss/sft": sum(ranks.gather(float(total))), "optim/grad_norm": norm, "data/tokens": tokens}
+
+
+def load_sft_rows(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
+    rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+    return encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, **encoding(cfg))[0]
+
+
+def main(cfg: Config) -> None:
+    with runs.one_line_errors():
+        pool = scoring.RewardPool(cfg.reward, mode=cfg.reward_mode, similarity=cfg.similarity)
+        rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
+        if cfg.rows_per_step % world:
+            raise ValueError(f"--rows-per-step {cfg.rows_per_step} does not divide into {world} ranks")
+    with runs.die_together(rank, world_size=world), pool:
+        with runs.one_line_errors():
+            model, processor = load_model(cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device))
+            policy = Policy(model, banned_ids(processor, model))
+            if cfg.freeze_vision:
+                policy.freeze_vision()
+            if cfg.checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            endless = cfg.limit is None and cfg.data.startswith("scenes")
+            rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
+            val_rows = load_sft_rows(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
+            run = runs.Path("runs") / cfg.name
+            if rank == 0:
+                runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
+            ranks.barrier()
+        train(cfg, policy, processor, pool, rows, val_rows, run, rank, world)
+
+
+MAY_DIFFER = ("resume", "val_every", "save_every", "keep", "workers")  # not steps: the schedule hangs on them
+
+
+def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, rank: int, world: int) -> None:
+    optimizer = MasterOptimizer(
+        policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
+        max_grad_norm=cfg.max_grad_norm,
+    )  # fmt: skip
+    rollout = HFRollout(policy, processor, max_sequences=cfg.rollout_sequences)
+    start = 0
+    if cfg.resume and (newest := runs.latest_checkpoint(run)):
+        start = newest[0]
+        restore(newest[1], optimizer, rank)
+    if rank == 0:
+        runs.truncate_after(run, start)
+        print(f"{run}: {'endless' if rows is None else len(rows)} rows, {world} ranks on {policy.device.type}, from step {start}")
+    stop = runs.stop_on_signals(stop_file=run / "stop", rank=rank)
+    progress = runs.Progress(cfg.steps, start=start, rank=rank)
+    batches = Batches(cfg, rows, processor, policy.config, rank, world)
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, cfg.steps), num_workers=cfg.workers)
+    clock = Clock()
+    for step, packs in zip(range(start, cfg.steps), loader):
+        metrics, rate = {}, learning_rate(step, peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps,
+                                          total_steps=cfg.steps)  # fmt: skip
+        clock.lap("data")
+        metrics |= sft_step(policy, optimizer, packs, lr=rate)
+        clock.lap("update")
+        last, stopping = step + 1 == cfg.steps, any(ranks.gather(stop.requested))
+        if val_rows and not stopping and (last or (cfg.val_every and (step + 1) % cfg.val_every == 0)):
+            metrics |= validate(rollout, policy, processor, pool, val_rows, cfg, rank, world)
+            clock.lap("validate")
+        metrics |= {"optim/lr": rate} | clock.metrics()
+        if rank == 0:
+            runs.log_metrics(run, step, metrics)
+            progress.show(step, {"loss": metrics["loss/sft"]})
+        if last or stopping or (step + 1) % cfg.save_every == 0:
+            save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=(step + 1) * cfg.rows_per_step, skipped=0)
+        if stopping:
+            break
+        clock = Clock()
+    progress.close()
+    if rank == 0:
+        print(f"{run}: {', '.join(p.name for p in sorted(run.glob('step_*')))}")
+
+
+if __name__ == "__main__":
+    main(tyro.extras.overridable_config_cli(PRESETS))
