@@ -43,7 +43,7 @@ class LossStats:
         zero, lowest = torch.zeros((), device=self.device), torch.full((), -math.inf, device=self.device)
         sums = torch.stack([torch.as_tensor(self.sums.get(n, zero), device=self.device).double() for n in sum_names])
         extremes = torch.stack([self.extremes.get(n, lowest).double() for n in max_names])
-        if dist.is_initialized():
+        if ranks.several():
             dist.all_reduce(sums)
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         return self._named(dict(zip(sum_names, sums.tolist())), dict(zip(max_names, extremes.tolist())))

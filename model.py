@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kernels import prefix_attention
@@ -33,12 +34,12 @@ FAMILIES = {
 }
 
 # random:NAME. `3b` and `7b` are the published shapes of Qwen2.5-VL; `demo` is what the shipped model has: rope with a
-# small base and full vision attention, because its pictures are a few patches wide; `tiny` is for tests.
+# small base and full vision attention, because its pictures are a few patches wide; `tiny` is for tests (heads of 32: vLLM has no smaller on the CPU).
 SHAPES = {
     "tiny": dict(
-        text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  intermediate_size=128, mrope_section=[2, 3, 3]),
-        vision=dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=64, fullatt_block_indexes=[1]),
+        text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                  intermediate_size=128, mrope_section=[4, 6, 6]),
+        vision=dict(depth=2, hidden_size=64, num_heads=2, intermediate_size=64, fullatt_block_indexes=[1]),
         vocab_size=None, tied=True,
     ),
     "demo": dict(
@@ -129,7 +130,7 @@ def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype 
         model_class = getattr(transformers, FAMILIES[config.model_type]["model_class"])
         try:
             model = model_class.from_pretrained(source, dtype=dtype).to(device)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{source}: the weights do not load: {str(error).splitlines()[0]}") from error
         proc = load_processor(processor or source)
     for part in (model.config, model.config.text_config, model.config.vision_config):

@@ -28,9 +28,14 @@ def setup(device: str = "auto", dtype: str = "auto") -> tuple[int, int, torch.de
     return rank, world, place, getattr(torch, name)
 
 
+def several() -> bool:
+    """More than one rank. (A vLLM engine initialises torch.distributed even for one.)"""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def gather(value) -> list:
     """One Python object a rank, on every rank."""
-    if not dist.is_initialized():
+    if not several():
         return [value]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
@@ -38,5 +43,5 @@ def gather(value) -> list:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    if several():
         dist.barrier()

@@ -1,21 +1,21 @@
 """Rewards and graders: text in, numbers out. Copy this file into another project and it runs (numpy, scipy).
 
-Every function is total: any text at all gives finite numbers in time linear in its length; what cannot be computed counts 0.
-Section numbers such as 2.1 are those of the specification notes of SpatialThinker (arXiv 2511.07403).
+Every function is total: any text at all gives finite numbers in time linear in its length; what cannot be computed
+counts 0. Section numbers such as 2.1 are those of the specification notes of SpatialThinker (arXiv 2511.07403).
 
-mode="upstream" gives the published code's numbers; where that code raises (2.8.1), the part that it could not compute is 0.
-There the spatial term is at most 1, but an inverted box can push it far below 0, as published.
-mode="corrected" has the same weights and gates, every number lies in [0, 1], and these defects are mended, one named line each:
+mode="upstream" gives the published code's numbers; where that code raises (2.8.1), the part that it could not compute
+is 0. There the spatial term is at most 1, but an inverted box can push it far below 0, as published.
+mode="corrected" has the same weights and gates, every number is in [0, 1], and these defects are mended, a name each:
 
-  _mend_boxes      corners ordered, boxes clipped to the picture, unreadable coordinates 0            (2.8.1, 2.8.6)
-  _mend_floor      plain CIoU, negative values 0, so random boxes earn about 0 and not 0.4           (2.7 no. 2, 2.8.7)
+  _mend_boxes      corners ordered, boxes clipped to the picture, unreadable coordinates 0           (2.8.1, 2.8.6)
+  _mend_floor      plain CIoU, negative values 0: random boxes earn about 0, not 0.4                 (2.7 no. 2, 2.8.7)
   _mend_relations  spatial = 0.7 boxes + 0.3 F1 of the relation triplets, where gold has relations   (2.7 no. 8, 2.8.9)
   _mend_empty      a missing gold scene pays nothing; without gold objects, none may be predicted    (2.8.2, 2.8.3)
-  _mend_answer     a right letter or a right text is enough, letter against text is wrong, an empty answer is wrong,
-                   numbers are compared as numbers, no algebra on words                              (2.1, 2.3)
-  _mend_blocks     whitespace around the whole response is no format error; an answer may span lines (2.3, 2.4)
+  _mend_answer     a right letter or a right text is enough, letter against text is wrong, so is an
+                   empty answer; numbers are compared as numbers; no algebra on words                (2.1, 2.3)
+  _mend_blocks     whitespace around the response is no format error, an answer may span lines       (2.3, 2.4)
 
-Kept on purpose: a tag name spoken inside the reasoning still spoils the format (2.8.5), since it also guards against stuffing.
+Kept on purpose: a tag name spoken inside the reasoning spoils the format (2.8.5); that also guards against stuffing.
 """
 
 import ast
@@ -33,9 +33,9 @@ from scipy.optimize import linear_sum_assignment
 
 MODES = ("upstream", "corrected")
 W_FORMAT, W_COUNT, W_ACCURACY, W_SPATIAL = 0.1, 0.2, 0.5, 0.2
-W_OBJECTS, W_RELATIONS = 0.7, 0.3       # in the count term; and in the corrected spatial term
-COST_LABEL, COST_BOX = 2.0, 1.0         # matching prefers the right label over the near box
-PAD = 1e5                               # cost of leaving a gold object without a prediction
+W_OBJECTS, W_RELATIONS = 0.7, 0.3  # in the count term; and in the corrected spatial term
+COST_LABEL, COST_BOX = 2.0, 1.0  # matching prefers the right label over the near box
+PAD = 1e5  # cost of leaving a gold object without a prediction
 MAX_OBJECTS, MAX_PAIRS = 1000, 50_000  # predictions matched at most, pairs compared at most: see _first()
 TAGS = ("observe", "scene", "think", "answer")
 EPS = 1e-7
@@ -94,14 +94,14 @@ def _name(identifier: str) -> str:
 
 
 def solution_text(row: dict) -> str:
-    """The tagged gold text that rewards take: `<scene>JSON</scene>\\n<answer>(B) text</answer>`; no scene, no scene block.
+    """The tagged gold text that rewards take: `<scene>JSON</scene>`, line break, `<answer>(B) text</answer>`.
 
-    Raises ValueError for a gold letter that is not one of the options."""
+    A row without scene has no scene block. Raises ValueError for a gold letter that is not one of the options."""
     answer = str(row["gold"])
     if row["options"]:
         index = string.ascii_uppercase.find(answer.strip("() ").upper() or "?")
         if len(answer.strip("() ")) != 1 or not 0 <= index < len(row["options"]):
-            last = string.ascii_uppercase[len(row["options"]) - 1]
+            last = chr(64 + len(row["options"]))
             raise ValueError(f"row {row['id']}: gold {answer!r} is no letter from A to {last}: correct gold or options")
         answer = f"({string.ascii_uppercase[index]}) {row['options'][index]}"
     scene = row.get("scene")
@@ -164,7 +164,7 @@ def count_score(scene: dict, gold: dict) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Boxes: x1, y1, x2, y2. Plain Python: a scene has five objects, for which numpy's call overhead costs more than the arithmetic.
+# Boxes: x1, y1, x2, y2. Plain Python: for the five objects of a scene numpy's overhead would exceed the arithmetic.
 
 
 def _boxes(items: list[dict], size: tuple) -> list[tuple]:
@@ -178,10 +178,12 @@ def _boxes(items: list[dict], size: tuple) -> list[tuple]:
 
 
 def iou(a: tuple, b: tuple) -> float:
-    """IoU of two boxes in one unit; 0 where the union is 0 (2.2)."""
-    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
-    value = inter / union if union else 0.0
+    """IoU of two boxes in one unit; 0 where the union is 0 (2.2) or it cannot be computed."""
+    try:
+        inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+        value = inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+    except (OverflowError, ZeroDivisionError):
+        return 0.0
     return value if math.isfinite(value) else 0.0
 
 
@@ -215,12 +217,12 @@ def _ciou(a: tuple, b: tuple) -> float:
 
 @lru_cache(maxsize=65536)
 def lexical(a: str, b: str) -> float:
-    """1.0 for equal words, else 0.95 of the Dice overlap of the word sets, a plural s ignored: 'chairs' and 'chair' 0.95,
-    'red circle' and 'blue circle' 0.475, 'man' and 'woman' 0. Letters are not compared: near spelling is not near meaning."""
+    """1.0 for equal words, else 0.95 of the Dice overlap of the word sets, a plural s ignored: 'chairs' and 'chair'
+    0.95, 'red circle' and 'blue circle' 0.475, 'man' and 'woman' 0: near spelling is not near meaning."""
     words_a, words_b = a.split(), b.split()
     if words_a == words_b:
         return 1.0
-    set_a, set_b = ({w[:-1] if len(w) > 3 and w.endswith("s") else w for w in words} for words in (words_a, words_b))
+    set_a, set_b = ({w[:-1] if len(w) > 3 and w[-1] == "s" else w for w in words} for words in (words_a, words_b))
     return 0.95 * 2 * len(set_a & set_b) / max(len(set_a) + len(set_b), 1)
 
 
@@ -258,8 +260,8 @@ SIMILARITIES = {"lexical": lexical, "exact": exact, "spacy": spacy_similarity}  
 
 
 def _first(items: list, gold: list) -> list:
-    """The predictions that take part in matching. With thousands of them the count term is 0 already; without this bound one
-    response could cost minutes. At most 1,000, fewer only for gold scenes of more than 50 objects (223 for 223)."""
+    """The predictions that take part in matching. With thousands of them the count term is 0 already; without this
+    bound one response could cost minutes. At most 1,000, fewer only where gold has over 50 objects (223 for 223)."""
     return items[: min(MAX_OBJECTS, max(1, MAX_PAIRS // max(len(gold), 1)))]
 
 
@@ -342,7 +344,7 @@ def _mend_floor(mapped: float) -> float:
 
 
 def _mend_relations(boxes: float, relations: list[dict], gold: list[dict]) -> float:
-    # Exact triplets, not similar ones: 'man behind bike' and 'bike behind man' would share 0.46 of the published similarity.
+    # Exact triplets: by the published similarity 'bike behind man' would still be worth 0.46 of 'man behind bike'.
     return W_OBJECTS * boxes + W_RELATIONS * _f1(_triplets(relations), _triplets(gold)) if gold else boxes
 
 
@@ -370,11 +372,11 @@ def spatial_score(scene: dict, gold: Gold, size: tuple, *, corrected: bool, simi
     return _mend_relations(score, relations, gold.relations) if corrected else score
 
 
-def spatialthinker_reward(response: str, gold: str, size: tuple, *, mode="upstream", similarity=lexical) -> dict[str, float]:
+def spatialthinker_reward(response: str, gold: str, size: tuple, *, mode="upstream", similarity=lexical) -> dict:
     """The SpatialThinker reward (2.1): 0.1 format + 0.2 count + 0.5 accuracy + 0.2 spatial.
 
-    Format gates everything, accuracy gates spatial. gold: see solution_text(). size: (W, H) of the original picture, whose
-    pixels the boxes are in. similarity: a function of two cleaned labels, see SIMILARITIES.
+    Format gates everything, accuracy gates spatial. gold: see solution_text(). size: (W, H) of the original picture,
+    whose pixels the boxes are in. similarity: a function of two cleaned labels, see SIMILARITIES.
     Returns total, format, count, accuracy, spatial. Raises ValueError for an unknown mode."""
     corrected = _is_corrected(mode)
     scene = extract_scene(response)
@@ -401,8 +403,8 @@ SPACES = re.compile(r"\s*")
 
 
 def _are_blocks(text: str, tags: tuple) -> bool:
-    """Whether the whole text is <a>..</a> <b>..</b> in this order with only whitespace between. One pass: if any split into
-    blocks exists, the one that takes each joint as early as possible does."""
+    """Whether the whole text is <a>..</a> <b>..</b> in this order with only whitespace between. One pass: if any split
+    into blocks exists, the one that takes each joint as early as possible does."""
     if not text.startswith(f"<{tags[0]}>"):
         return False
     at = len(tags[0]) + 2
@@ -432,8 +434,8 @@ def _one_line_answer(text: str) -> str | None:
 
 
 def vanilla_reward(response: str, gold: str, *, scene: bool = False, mode: str = "upstream") -> dict[str, float]:
-    """Vanilla GRPO's reward: 0.5 accuracy + 0.5 format, without a gate (2.3); scene=True: four blocks in order, and nothing
-    at all without them (2.4). Upstream accuracy is grade_math() resp. equality of the answer blocks.
+    """Vanilla GRPO's reward: 0.5 accuracy + 0.5 format, without a gate (2.3); scene=True: four blocks in order, and
+    nothing at all without them (2.4). Upstream accuracy is grade_math() resp. equality of the answer blocks.
     Returns total, format, accuracy. Raises ValueError for an unknown mode."""
     corrected = _is_corrected(mode)
     formed = _are_blocks(_mend_blocks(response) if corrected else response, TAGS if scene else ("think", "answer"))
@@ -460,7 +462,7 @@ TEXT_WRAP = re.compile(r"\\text\{(.+?)\}", re.DOTALL)
 
 
 def _tight(answer: str) -> str:
-    """First normal form of 2.3: LaTeX decoration, spaces, percent signs and a leading `x=` dropped; case and units kept."""
+    """First normal form of 2.3: no LaTeX decoration, spaces, percent signs, leading `x=`; case and units are kept."""
     wrapped = TEXT_WRAP.fullmatch(answer.strip())
     answer = (wrapped.group(1) if wrapped else answer).strip()
     for drop in ("\n", "\\!", "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%", "%"):
@@ -495,14 +497,15 @@ def _whole(answer: str) -> str:
         return answer
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: math.pow}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS[ast.Pow] = math.pow
 
 
 def _value(text: str) -> float | None:
-    """The value of a small expression of numbers and at most two letters, None for anything else. Each letter stands for a fixed
-    odd number, so that equal values mean equal polynomials: upstream's sympy, too, finds 'on' equal to 'no' (2.3)."""
-    letters = set(text) & set(string.ascii_lowercase)
-    if not re.fullmatch(r"[0-9a-z.()+*/^-]{1,100}", text) or len(letters) > 2 or re.search(r"\^(\(|[0-9]+\^|[0-9][0-9])", text):
+    """The value of a small expression of numbers and at most two letters, None for anything else. A letter stands for a
+    fixed odd number, so that equal values mean equal polynomials: upstream's sympy, too, finds 'on' equal to 'no'."""
+    too_hard = re.search(r"\^(\(|[0-9]+\^|[0-9][0-9])", text) or len(set(text) & set(string.ascii_lowercase)) > 2
+    if too_hard or not re.fullmatch(r"[0-9a-z.()+*/^-]{1,100}", text):
         return None
     factors = re.sub(r"(?<=[0-9a-z.)])(?=[a-z(])|(?<=[a-z)])(?=[0-9.])", "*", text)  # side by side means times
     try:
@@ -534,8 +537,8 @@ def _same_value(given: str, gold: str) -> bool:
 def grade_math(given: str, gold: str) -> bool:
     """mathruler's grade_answer without sympy (2.3): equal in one of two normal forms, or equal in value.
 
-    Covered: fractions, decimals, thousands, powers, tuples, at most two letters. Not covered: other LaTeX, functions, roots,
-    sympy's simplification. Texts above 1,000 characters are compared as they are."""
+    Covered: fractions, decimals, thousands, powers, tuples, at most two letters. Not covered: other LaTeX, functions,
+    roots, sympy's simplification. Texts above 1,000 characters are compared as they are."""
     if len(given) > 1000 or len(gold) > 1000:
         return given.strip() == gold.strip()
     if _tight(given) == _tight(gold):
@@ -553,16 +556,16 @@ def grade_math(given: str, gold: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading answers: letters, numbers, texts. Used by the corrected rewards and by every grader.
 
-ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
-nineteen""".split()
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBER_WORDS = {word: n for n, word in enumerate(ONES)} | {word: 10 * n for n, word in enumerate(TENS, 2)}
 NUMBER = re.compile(
     r"(?<![\w.])[-+\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
     r"|(?<![\w.])[-+\u2212]?\.[0-9]+"
 )
-NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b(?:[- ](?:{'|'.join(ONES[1:10])})\b)?", re.IGNORECASE)
-# '(B)', 'b)', 'B.', 'B' alone, or 'B ' before more text; not 'A ' before more text: that is an article, except where told.
+NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b(?:[- ](?:{'|'.join(ONES[1:10])})\b)?", re.I)
+# '(B)', 'b)', 'B.', 'B' alone, or 'B ' before more text; 'A ' before more text is an article, except after 'answer is'.
 LEAD = r"[\s*_\"'`:]*(?:[(\[{]\s?([A-Za-z])\s?[)\]}]|([A-Za-z])(?=[).:,*\n]|\s*\Z)|([%s-Z])(?=\s))[\s.):,*_]*"
 LETTER, STATED_LETTER = re.compile(LEAD % "B"), re.compile(LEAD % "A")
 ARTICLE = re.compile(r"(?:the|an?) (?=\w)")
@@ -577,8 +580,8 @@ def plain(text: str) -> str:
 
 
 def read_number(text: str) -> float | None:
-    """The number a text states: its first word if that is one, else the last number in it. Sign, thousands, exponent and number
-    words are read, units ignored; None without a number."""
+    """The number a text states: its first word if that is one, else the last number in it. Sign, thousands, exponent
+    and number words are read, units ignored; None without a number."""
     text = text[-2000:].strip(EDGES.replace(".", ""))
     found = [(m.start(), float(m.group().replace(",", "").replace("\u2212", "-"))) for m in NUMBER.finditer(text)]
     if not found:
@@ -608,8 +611,8 @@ def _mend_answer(given: str, gold: str) -> bool:
 
 
 def _final(text: str) -> str:
-    """The part of a response that holds the answer: the last answer block (also when its closing or its opening tag is missing),
-    then what follows the last `Answer:`, else what follows the reasoning (5.4 no. 1)."""
+    """The part of a response that holds the answer: the last answer block (also when one of its tags is missing), else
+    what follows the reasoning; of that, what follows the last `Answer:` (5.4 no. 1)."""
     start = text.rfind("<answer>")
     if start >= 0:
         text = text[start + 8 :].partition("</answer>")[0]
@@ -621,7 +624,7 @@ def _final(text: str) -> str:
     return after if after.strip(EDGES) else text
 
 
-STATED = re.compile(r"\b(?:answer|option|choice)\b\W{0,3}?(?:(?:is|would be|should be|must be)\b|:|(?=\())", re.IGNORECASE)
+STATED = re.compile(r"\b(?:answer|option|choice)\b\W{0,3}?(?:(?:is|would be|should be|must be)\b|:|(?=\())", re.I)
 BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]{1,200})\}")
 BOLD = re.compile(r"\*\*([^*]{1,200})\*\*")
 NAMED = re.compile(r"\(([A-Za-z])\)|\b(?:[Oo]ption|[Cc]hoice) ([A-Z])\b")
@@ -638,7 +641,7 @@ def _by_text(text: str, options: tuple) -> set[str]:
 
 
 def _leading(text: str, options: tuple, *, letter_form: re.Pattern = LETTER) -> set[str]:
-    """The letters that the beginning of a text names, by letter or by an option's text. Two of them contradict each other."""
+    """The letters that the beginning of a text names, by letter or by an option's text. Two are a contradiction."""
     head = text[:400]
     by_text = _by_text(head, options)
     m = letter_form.match(head)
@@ -655,16 +658,21 @@ def _leading(text: str, options: tuple, *, letter_form: re.Pattern = LETTER) -> 
 
 
 def _mentioned(span: str, options: tuple) -> set[str]:
-    """The options whose text occurs anywhere as whole words, longest first: 'in front of' hides 'front'. A denied one adds '?'."""
-    span, found = " ".join(span.lower().split()), set()
+    """The options whose text occurs anywhere as whole words, longest first: 'in front of' hides 'front'. A denied one
+    adds '?'."""
+    found = set()
     for i, option in sorted(enumerate(options), key=lambda pair: -len(pair[1])):
         if option in ("yes", "no", "true", "false") or len(option) < 2 and not option.isdigit():
             continue  # they occur in any prose
         pattern = re.compile(rf"(?<![\w.]){re.escape(option)}(?!\w|\.[0-9])")
         if m := pattern.search(span):
-            found |= {chr(65 + i)} | ({"?"} if DENIED.search(span[max(0, m.start() - 20) : m.start()]) else set())
+            found |= {chr(65 + i), *_denied(span, m)}
             span = pattern.sub("|", span)
     return found
+
+
+def _denied(span: str, m: re.Match) -> str:
+    return "?" if DENIED.search(span[max(0, m.start() - 20) : m.start()]) else ""
 
 
 def _readings(span: str, options: tuple):
@@ -672,35 +680,36 @@ def _readings(span: str, options: tuple):
     boxed = [m.group(1) for m in BOXED.finditer(span)]
     yield _leading(boxed[-1], options, letter_form=STATED_LETTER) if boxed else set()
     for m in list(STATED.finditer(span))[:-20:-1]:  # 'I hope this answer is helpful' names nothing: go back
-        yield set() if DENIED.search(span[max(0, m.start() - 20) : m.start()]) else _leading(
-            span[m.end() : m.end() + 400], options, letter_form=STATED_LETTER)  # fmt: skip
+        tail = span[m.end() : m.end() + 400]
+        yield set() if _denied(span, m) else _leading(tail, options, letter_form=STATED_LETTER)
     lines = span.strip().rsplit("\n", 1)
     yield _leading(lines[0], options) | (_leading(lines[-1], options) if len(lines) > 1 else set())
     bold = [m.group(1) for m in BOLD.finditer(span)]
     yield _leading(bold[-1], options) if bold else set()
     flat = " ".join(span.lower().split())
-    yield {chr(65 + i) for i, o in enumerate(options) if o and re.search(rf"\b{chr(97 + i)}[.):]+ ?{re.escape(o)}(?!\w)", flat)}
+    with_letter = [rf"\b{chr(97 + i)}[.):]+ ?{re.escape(option)}(?!\w)" for i, option in enumerate(options)]
+    yield {chr(65 + i) for i, pattern in enumerate(with_letter) if options[i] and re.search(pattern, flat)}
     named = set()
     for m, _ in zip(NAMED.finditer(span), range(100)):
-        denied = DENIED.search(span[max(0, m.start() - 20) : m.start()])
-        named |= {(m.group(1) or m.group(2)).upper()} | ({"?"} if denied else set())
+        named |= {(m.group(1) or m.group(2)).upper(), *_denied(span, m)}
     if m := LAST_LETTER.search(span):
         named.add(m.group(1))
     yield named
-    yield _mentioned(span, options)
+    yield _mentioned(flat, options)
 
 
 def extract_choice(text: str, options: list[str]) -> str | None:
-    """The letter a response chooses, or None if it names none or several (5.4, without its defect of falling back on A).
+    """The letter a response chooses, or None if it names none or several (5.4, without its defect of a fall-back on A).
 
-    Read is the last answer block, or what follows the last `Answer:` or the reasoning. In it, in this order: \\boxed{B}; 'the
-    answer is B'; the beginning and the last line ('(B)', 'B.', 'B', an option's text, 'Yes, ...'); bold; 'B. its text'; the only
-    '(B)', 'option B' or final 'is B'; the only option whose text occurs. A letter beside another option's text contradicts it."""
+    Read is the last answer block, or what follows the last `Answer:` or the reasoning. In it, in this order: a box;
+    'the answer is B'; the beginning and the last line ('(B)', 'B.', 'B', an option's text, 'Yes, ...'); bold; 'B. its
+    text'; the only '(B)', 'option B' or final 'is B'; the only option whose text occurs. A letter and another option's
+    text are a contradiction."""
     cleaned = tuple(plain(str(option)) for option in options)
     for found in _readings(_final(text), cleaned):
         if found:
             letter = found.pop()
-            return letter if not found and letter != "?" and (not options or ord(letter) - 65 < len(options)) else None
+            return letter if not found and letter in string.ascii_uppercase[: len(options) or 26] else None
     return None
 
 
@@ -740,7 +749,8 @@ def grade_yes_no(text: str, gold: str) -> bool:
 
 
 def grade_text(text: str, gold: str) -> bool:
-    """Equal texts, but for case, spacing, a letter in front, an article, punctuation at the ends; yes and no by grade_yes_no."""
+    """Equal texts, but for case, spacing, a letter in front, an article, punctuation at the ends; yes or no is read
+    by grade_yes_no()."""
     return grade_yes_no(text, gold) if plain(gold) in ("yes", "no") else _mend_answer(_final(text), gold)
 
 
@@ -773,14 +783,14 @@ def grade(row: dict, text: str | None) -> dict:
 
 
 def scene_metrics(response: str, gold_scene: dict, size: tuple) -> dict[str, float]:
-    """How good a predicted scene graph is, apart from any reward: all in [0, 1], 1 for an empty scene that should be empty.
+    """How good a predicted scene graph is, apart from any reward: all in [0, 1], and 1 if both scenes are empty.
 
-    iou: mean over gold objects, each matched to at most one prediction of the same label; object_f1: of labels as multisets;
+    iou: mean over gold objects, each matched to at most one prediction of its label; object_f1: of labels as multisets;
     relation_f1: of (subject label, predicate, object label). Boxes in pixels of a picture of size (W, H), mended as in
     corrected mode. Unreadable predictions are left out."""
-    scene = extract_scene(response)
+    predicted = (extract_scene(response), is_valid_object, is_valid_relation)
     sides = []
-    for graph, is_object, is_relation in ((scene, is_valid_object, is_valid_relation), (gold_scene, _is_gold_object, _is_gold_relation)):
+    for graph, is_object, is_relation in (predicted, (gold_scene, _is_gold_object, _is_gold_relation)):
         objects, relations = graph.get("objects"), graph.get("relationships")
         objects = [x for x in objects if is_object(x)] if isinstance(objects, list) else []
         sides.append((objects, [x for x in relations if is_relation(x)] if isinstance(relations, list) else []))

@@ -18,6 +18,7 @@ import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,6 +87,9 @@ class HFRollout:
 
     def sleep(self) -> None:
         """Nothing is held between rollouts."""
+
+    def memory(self) -> dict[str, float]:
+        return {}
 
     @torch.no_grad()
     def generate(self, prompts: list, *, n: int, max_tokens: int, temperature: float, seed: int) -> list[list[Completion]]:
@@ -218,6 +222,26 @@ def prompt_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 2  # 62 bits: an int64 with room for + i
 
 
+def gpu_used() -> float:
+    """GiB in use on this GPU, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+def engine_folder(config, processor) -> Path:
+    """Configuration and processor as files, which is all that the engine reads from disk; it reads them again later.
+
+    Named by content and rank: vLLM's compile cache has the path in its key, so a random name compiles at every start."""
+    config = copy.deepcopy(config)
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    text = config.to_json_string() + processor.tokenizer.backend_tokenizer.to_str() + processor.image_processor.to_json_string()
+    name = f"spatial-grpo-{os.getuid()}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{os.environ.get('LOCAL_RANK', 0)}"
+    folder = Path(tempfile.gettempdir()) / name
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 class VLLMRollout:
     """One engine in the training process, TP 1, asleep between rollouts.
 
@@ -232,14 +256,10 @@ class VLLMRollout:
                  eager: bool = False, **engine):  # fmt: skip
         self.kind, self.level, self.asleep, self.synced, self.dead = vllm_kind(), sleep_level, False, False, None
         self.tokenizer, self.stop = processor.tokenizer, list(stop_ids(processor))
-        self.folder = tempfile.TemporaryDirectory(prefix="engine-")  # kept: vLLM reads the processor again later
-        config = copy.deepcopy(config)
-        config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-        config.save_pretrained(self.folder.name)
-        processor.save_pretrained(self.folder.name)
-        length = max_prompt_tokens + max_tokens
+        folder = engine_folder(config, processor)
+        self.length = length = max_prompt_tokens + max_tokens
         options = dict(
-            model=self.folder.name, load_format="dummy", dtype=dtype, seed=seed, max_model_len=length,
+            model=str(folder), load_format="dummy", dtype=dtype, seed=seed, max_model_len=length,
             max_num_seqs=max_sequences, limit_mm_per_prompt={"image": max_images, "video": 0}, mm_processor_cache_gb=0,
             logprobs_mode="processed_logprobs", hf_overrides={"head_dtype": "float32"}, generation_config="vllm",
             enable_prefix_caching=True, disable_log_stats=True,
@@ -252,6 +272,7 @@ class VLLMRollout:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             options["distributed_executor_backend"] = "external_launcher"
         set_engine_environment()
+        self.before, self.resident = gpu_used() if self.kind == "cuda" else 0.0, None
         with process_state_kept():
             import vllm
 
@@ -305,29 +326,38 @@ class VLLMRollout:
         """On a GPU everything but a few hundred MiB goes back to the trainer; on the CPU there is nothing to give back."""
         with self._watch("sleep"):
             if self.kind == "cuda" and not self.asleep:
+                # positions of up to 1,024 picture sizes, on the GPU; they would grow for ever
+                self.llm.apply_model(lambda model: type(model.visual).get_rope_by_thw.cache_clear())
                 self.llm.sleep(level=self.level)
                 self.asleep = True
+                if self.resident is None:  # the first sleep comes before anything of the trainer's is allocated
+                    self.resident = gpu_used() - self.before
 
     def generate(self, prompts: list, *, n: int, max_tokens: int, temperature: float, seed: int) -> list[list[Completion]]:
-        """n completions a prompt, from one prefill each. Raises ValueError if the engine sees other prompt ids than the
-        trainer, EngineDied if it breaks."""
+        """n completions a prompt, from one prefill each. Raises ValueError if a prompt is too long for this engine, or if
+        the engine sees other prompt ids than the trainer; EngineDied if it breaks."""
         assert not self.asleep, "generate() before wake()"
+        for prompt in prompts:  # vLLM would cut the completion short
+            if len(prompt.expanded) + max_tokens > self.length:
+                raise ValueError(f"row {prompt.row.get('id')}: {len(prompt.expanded)} prompt tokens and {max_tokens} new ones, the "
+                                 f"engine was started for {self.length} together: raise --max-prompt-tokens, or drop the row")  # fmt: skip
+        copies = n if temperature == 0 else 1  # greedily vLLM refuses n > 1: n times the one answer
         inputs = [{"prompt_token_ids": p.ids, **({"multi_modal_data": {"image": p.images}} if p.images else {})}
                   for p in prompts]  # fmt: skip
         params = [
             self.vllm.SamplingParams(
-                n=n, max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, logprobs=0,
+                n=n // copies, max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, logprobs=0,
                 seed=prompt_seed(seed, i), flat_logprobs=True, detokenize=False, ignore_eos=True, stop_token_ids=self.stop,
             )
             for i in range(len(prompts))
         ]  # fmt: skip
-        with self._watch("generate"):
+        with self._watch("generate"), torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             if output.prompt_token_ids != prompt.expanded:
                 raise ValueError(f"row {prompt.row.get('id')}: the engine expands this prompt to {len(output.prompt_token_ids)} "
                                  f"tokens, the trainer to {len(prompt.expanded)}: is its picture resized alike on both sides?")  # fmt: skip
-        return [[self._completion(c) for c in output.outputs] for output in outputs]
+        return [[self._completion(c) for c in output.outputs for _ in range(copies)] for output in outputs]
 
     def _completion(self, output) -> Completion:
         ids, flat = list(output.token_ids), output.logprobs  # logprobs=0: one entry a token, the sampled one
@@ -336,12 +366,15 @@ class VLLMRollout:
         return Completion(ids, [flat.logprobs[i] for i in flat.start_indices], text, output.finish_reason == "stop")
 
     def memory(self) -> dict[str, float]:
-        """GiB on this GPU: free, held by the trainer (torch's allocator), held by the engine and the rest."""
+        """GiB on this GPU: free, the engine's (what it keeps while asleep, and its pool while awake), the trainer's."""
         if self.kind != "cuda":
             return {}
-        free, total = torch.cuda.mem_get_info()
-        trainer = torch.cuda.memory_reserved()
-        return {"free": free / 2**30, "trainer": trainer / 2**30, "engine": (total - free - trainer) / 2**30}
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        free = torch.cuda.mem_get_info()[0] / 2**30  # torch's own counters take a sleeping pool for a full one
+        pool = 0.0 if self.asleep else CuMemAllocator.get_instance().get_current_usage() / 2**30
+        engine = pool + (self.resident or 0.0)
+        return {"free": free, "engine": engine, "trainer": gpu_used() - engine}
 
     @contextlib.contextmanager
     def _watch(self, phase: str) -> Iterator[None]:

@@ -11,6 +11,7 @@ and never repeat.
 
 import random
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import runs
 
@@ -188,7 +189,7 @@ def main(cfg: Config) -> None:
             endless = cfg.limit is None and cfg.data.startswith("scenes")
             rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_sft_rows(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
-            run = runs.Path("runs") / cfg.name
+            run = Path("runs") / cfg.name
             if rank == 0:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()

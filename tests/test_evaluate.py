@@ -159,11 +159,17 @@ def test_rows_edited_under_their_old_name_are_refused(tmp_path, monkeypatch):
         evaluate.main(cfg)
 
 
-def test_weights_trained_anew_under_the_old_name_count_as_another_model(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"one" * 1000)
-    first = evaluate.weights_hash(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"one" * 999 + b"two")
-    assert first != evaluate.weights_hash(tmp_path) and evaluate.weights_hash(tmp_path / "none") is None
+def test_weights_trained_anew_under_the_old_name_count_as_another_model(tmp_path, monkeypatch):
+    saying(monkeypatch, lambda row: "A")
+    (tmp_path / "step_5").mkdir()
+    weights = tmp_path / "step_5" / "model.safetensors"
+    cfg = replace(TINY, model=str(weights.parent), out=str(tmp_path / "out"))
+    weights.write_bytes(b"one" * 1000)
+    evaluate.main(cfg)
+    evaluate.main(cfg)
+    weights.write_bytes(b"one" * 999 + b"two")
+    with pytest.raises(ValueError, match="weights was '.*', now '.*--out"):
+        evaluate.main(cfg)
 
 
 def test_a_failed_start_leaves_no_settings_behind(tmp_path, tiny, monkeypatch):

@@ -433,6 +433,18 @@ def test_a_model_that_is_none_gets_one_line(tmp_path, source, tiny):
     assert "\n" not in message and source in message and len(message) < 400, message
 
 
+def test_a_checkpoint_with_holes_is_refused(tmp_path, own):
+    """transformers fills missing weights with noise and only prints a table; a run on them would be worthless."""
+    from safetensors.torch import load_file, save_file
+
+    save_hf(own.policy, own.processor, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "layers.1.mlp" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="layers.1.mlp") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_larger_than_the_shape_is_refused(monkeypatch):
     shapes = copy.deepcopy(model_module.SHAPES)
     shapes["tiny"]["vocab_size"] = 100

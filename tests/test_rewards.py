@@ -1,6 +1,7 @@
 """rewards.py against the oracle vectors, the mends of corrected mode one by one, and tables of odd answers.
 
-tests/vectors/spatialthinker.jsonl was computed with the published code; shared with the spec, see its `meta` for what was stubbed."""
+tests/vectors/spatialthinker.jsonl was computed with the published code; `meta` says what was stubbed. Tests on texts
+that real models wrote run where shared/realdata is at hand."""
 
 import ast
 import gzip
@@ -48,10 +49,17 @@ def match_triplets(gold_relations, relations, similarity):
         parts = (("subject", 0.3), ("object", 0.3), ("predicate", 0.4))
         return sum(share * similarity(R._name(a[key]), R._name(b[key])) for key, share in parts)
 
-    table = np.array([[alike(r, g) for g in gold_relations] for r in relations]).reshape(len(relations), len(gold_relations))
+    table = np.array([[alike(r, g) for g in gold_relations] for r in relations]).reshape(
+        len(relations), len(gold_relations)
+    )
     pairs = [(row, column) for column, row in enumerate(R.assign(1 - table)) if row is not None]
     return [
-        {"groundtruth": gold_relations[c], "prediction": relations[r], "cost": 1 - table[r, c], "similarity": table[r, c]}
+        {
+            "groundtruth": gold_relations[c],
+            "prediction": relations[r],
+            "cost": 1 - table[r, c],
+            "similarity": table[r, c],
+        }
         for r, c in sorted(pairs)
     ]
 
@@ -99,7 +107,9 @@ def named(result, **names):
 
 
 def scored(i, sim):
-    result = R.spatialthinker_reward(i["predict_str"], i["ground_truth_str"], R.extract_size(i["problem"]), similarity=sim)
+    result = R.spatialthinker_reward(
+        i["predict_str"], i["ground_truth_str"], R.extract_size(i["problem"]), similarity=sim
+    )
     return named(result, total="overall", spatial="spatial_score")
 
 
@@ -111,7 +121,8 @@ CHECKS = {
     "spatial_sgg_compute_score": scored,
     "format_reward": lambda i, sim: R.format_score(i["text"], R.extract_scene(i["text"])),
     "acc_reward": lambda i, sim: float(
-        R.extract_answer(f"<answer>{i['pred']}</answer>").lower() == R.extract_answer(f"<answer>{i['gt']}</answer>").lower()
+        R.extract_answer(f"<answer>{i['pred']}</answer>").lower()
+        == R.extract_answer(f"<answer>{i['gt']}</answer>").lower()
     ),
     "count_reward": lambda i, sim: R.count_score(i["pred_scene"], i["gt_scene"]),
     "extract_answer": lambda i, sim: R.extract_answer(i["text"]),
@@ -126,10 +137,11 @@ CHECKS = {
     "box_L1": lambda i, sim: box_l1(i["a"], i["b"]),
     "refine_node_edge": lambda i, sim: R.clean_label(i["label"]),
     "bi_match": lambda i, sim: [pair and pair[0] for pair in match(i["gt_objs"], i["pr_objs"], sim)],
-    "compute_obj_score": lambda i, sim: sum(pair[1] for pair in match(i["gt_objs"], i["pr_objs"], sim) if pair)
-    / len(i["gt_objs"])
-    if i["gt_objs"]
-    else 1.0,
+    "compute_obj_score": lambda i, sim: (
+        sum(pair[1] for pair in match(i["gt_objs"], i["pr_objs"], sim) if pair) / len(i["gt_objs"])
+        if i["gt_objs"]
+        else 1.0
+    ),
     "bi_match_triplets": lambda i, sim: match_triplets(i["gt_rels"], i["pred_rels"], sim),
     "compute_rel_score": lambda i, sim: relation_score(i["gt_rels"], i["pr_rels"], sim),
     "relaxed_spatial_reward": lambda i, sim: relaxed_spatial_reward(
@@ -148,8 +160,8 @@ ELSEWHERE = {
     "algo.grpo_advantage": "train_grpo.py", "algo.compute_kl": "train_grpo.py", "algo.policy_loss": "train_grpo.py",
     "algo.response_mask": "train_grpo.py", "algo.lr_multiplier": "optim.py",
     **{f"data_gen.{name}": "data/generate_stvqa.py, a later issue" for name in (
-        "allocations", "compute_data_stats", "extract_json_from_output", "gpt4o_letter", "map_objects", "map_relationships",
-        "shuffle_options", "update_answer_column", "validate_row")},
+        "allocations", "compute_data_stats", "extract_json_from_output", "gpt4o_letter", "map_objects",
+        "map_relationships", "shuffle_options", "update_answer_column", "validate_row")},
 }  # fmt: skip
 # Where upstream's answer rests on sympy's algebra and ours differs (design section 4): none of these vectors.
 ALGEBRA: set[str] = set()
@@ -196,7 +208,9 @@ def test_vectors(function):
 
 
 def test_invariant_vectors_hold_for_the_default_similarity():
-    vectors = [v for v in VECTORS if v["function"] == "spatial_sgg_compute_score" and v["meta"].get("similarity_invariant")]
+    vectors = [
+        v for v in VECTORS if v["function"] == "spatial_sgg_compute_score" and v["meta"].get("similarity_invariant")
+    ]
     vectors = [v for v in vectors if "error" not in v["expected"]]
     assert len(vectors) > 70
     for vector in vectors:
@@ -209,11 +223,14 @@ def test_every_function_of_the_vector_file_is_covered_or_named():
     assert set(CHECKS) <= functions
 
 
-# Upstream's verdict is a defect of 5.4 there: the fall-back on A (no. 2), the bracketed MMVP label (no. 4), the lettered
-# number, the word as gold (no. 2). Ours is what a reader would say.
-DEFECTS = {"evals.grade_sample-013": 1, "evals.grade_sample-022": 1, "evals.grade_sample-025": 0, "evals.grade_sample-038": 1,
-           "evals.grade_sample-045": 1, "evals.grade_sample-060": 1,
-           "evals.extract_answer-006": True, "evals.extract_answer-012": True}  # fmt: skip
+# There upstream's verdict is a defect of 5.4: the fall-back on A (no. 2), the bracketed MMVP label (no. 4), the
+# number with a letter, the word as gold (no. 2). Ours is what a reader would say.
+DEFECTS = {
+    **{f"evals.grade_sample-{number}": 1 for number in ("013", "022", "038", "045", "060")},
+    "evals.grade_sample-025": 0,
+    "evals.extract_answer-006": True,
+    "evals.extract_answer-012": True,
+}
 
 
 def graded(i):
@@ -234,7 +251,9 @@ def test_evaluation_vectors():
             assert graded(i) == want, vector["id"]
             assert vector["id"] not in DEFECTS or vector["expected"]["correct"] != want, "no defect after all"
         if name == "evals.extract_answer":
-            assert R.grade_choice(i["pred_answer"], [], i["correct_answer"]) == DEFECTS[vector["id"]] != vector["expected"]
+            assert (
+                R.grade_choice(i["pred_answer"], [], i["correct_answer"]) == DEFECTS[vector["id"]] != vector["expected"]
+            )
         if name == "evals.process_response":  # what is no letter in the end is None here, the response itself upstream
             letter = R.extract_choice(i["response"], i["choices"] or [])
             assert letter == (vector["expected"] if vector["expected"] in "AB" else None), vector["id"]
@@ -253,7 +272,12 @@ def response(objects=OBJECTS, relations=RELATIONS, answer="(B) left of"):
 
 
 def gold_text(objects=OBJECTS, relations=RELATIONS):
-    row = {"id": "r", "options": ["right of", "left of"], "gold": "B", "scene": {"objects": objects, "relationships": relations}}
+    row = {
+        "id": "r",
+        "options": ["right of", "left of"],
+        "gold": "B",
+        "scene": {"objects": objects, "relationships": relations},
+    }
     return R.solution_text(row)
 
 
@@ -262,7 +286,11 @@ def corrected(text, gold=None, size=(500, 400)):
 
 
 def test_corrected_keeps_weights_and_gates():
-    best, wrong, bad = corrected(response()), corrected(response(answer="(A) right of")), corrected("<answer>(B) left of</answer>")
+    best, wrong, bad = (
+        corrected(response()),
+        corrected(response(answer="(A) right of")),
+        corrected("<answer>(B) left of</answer>"),
+    )
     assert best == pytest.approx({"total": 1.0, "format": 1.0, "count": 1.0, "accuracy": 1.0, "spatial": 1.0}, abs=1e-5)
     assert wrong == pytest.approx({"total": 0.3, "format": 1.0, "count": 1.0, "accuracy": 0.0, "spatial": 0.0})
     assert set(bad.values()) == {0.0}
@@ -296,8 +324,8 @@ def test_mend_boxes_keeps_the_reward_bounded_for_glued_digits():
 def test_mend_floor_random_boxes_earn_nothing_2_7_no_2():
     rng, upstream, mended = random.Random(0), [], []
     for _ in range(300):
-        box, guess = ([*(lo := [rng.random() * 250, rng.random() * 200]), lo[0] + rng.random() * 250, lo[1] + rng.random() * 200]
-                      for _ in range(2))  # fmt: skip
+        corners = [[rng.random() * side for side in (250, 200, 250, 200)] for _ in range(2)]
+        box, guess = ([x, y, x + w, y + h] for x, y, w, h in corners)
         text, gold = response([{"id": "man.1", "bbox": guess}], []), gold_text([{"id": "man.1", "bbox": box}], [])
         upstream.append(R.spatialthinker_reward(text, gold, (500, 400))["spatial"])
         mended.append(corrected(text, gold)["spatial"])
@@ -306,7 +334,9 @@ def test_mend_floor_random_boxes_earn_nothing_2_7_no_2():
 
 def test_mend_relations_content_is_rewarded_2_7_no_8():
     swapped = [{"subject": "bike.1", "predicate": "left of", "object": "man.1"}]
-    upstream = [R.spatialthinker_reward(response(relations=x), gold_text(), (500, 400))["spatial"] for x in (RELATIONS, swapped)]
+    upstream = [
+        R.spatialthinker_reward(response(relations=x), gold_text(), (500, 400))["spatial"] for x in (RELATIONS, swapped)
+    ]
     assert upstream[0] == upstream[1]
     assert corrected(response(relations=swapped))["spatial"] == pytest.approx(0.7, abs=1e-5)
     assert corrected(response(relations=RELATIONS + swapped))["spatial"] == pytest.approx(0.7 + 0.3 * 2 / 3, abs=1e-5)
@@ -328,13 +358,18 @@ def test_mend_empty_gold_2_8_2_and_2_8_3():
     "answer, gold, right",
     [
         ("(B) left of", "(B) left of", 1), ("(b) Left  Of.", "(B) left of", 1), ("(B)left of", "(B) left of", 1),
-        ("(B) left\u00a0of", "(B) left of", 1), ("B", "(B) left of", 1), ("(b)", "(B) left of", 1), ("B.", "(B) left of", 1),
+        ("(B) left\u00a0of", "(B) left of", 1), ("B", "(B) left of", 1), ("(b)", "(B) left of", 1),
+        ("B.", "(B) left of", 1),
         ("B) left of", "(B) left of", 1), ("B: left of", "(B) left of", 1), ("B left of", "(B) left of", 1),
-        ("left of", "(B) left of", 1), ("**(B) left of**", "(B) left of", 1), ("a chair", "(A) chair", 1), ("A chair", "(B) chair", 1),
-        ("(A)", "(B) left of", 0), ("(B) right of", "(B) left of", 0), ("(A) left of", "(B) left of", 0), ("right of", "(B) left of", 0),
+        ("left of", "(B) left of", 1), ("**(B) left of**", "(B) left of", 1), ("a chair", "(A) chair", 1),
+        ("A chair", "(B) chair", 1),
+        ("(A)", "(B) left of", 0), ("(B) right of", "(B) left of", 0), ("(A) left of", "(B) left of", 0),
+        ("right of", "(B) left of", 0),
         ("", "(B) left of", 0), ("", "", 0), ("(B)", "left of", 0), ("(B) left of (A) right of", "(B) left of", 0),
-        ("3", "(C) 3", 1), ("(C) 3.0", "(C) 3", 1), ("three", "(C) 3", 1), ("1,000", "(C) 1000", 1), ("(C) 3 chairs", "(C) 3", 1),
-        ("-3", "(C) 3", 0), ("(C) 4", "(C) 3", 0), ("left of left", "(B) left of", 0), ("no", "on", 0), ("feet", "foot", 0),
+        ("3", "(C) 3", 1), ("(C) 3.0", "(C) 3", 1), ("three", "(C) 3", 1), ("1,000", "(C) 1000", 1),
+        ("(C) 3 chairs", "(C) 3", 1),
+        ("-3", "(C) 3", 0), ("(C) 4", "(C) 3", 0), ("left of left", "(B) left of", 0), ("no", "on", 0),
+        ("feet", "foot", 0),
         ("left and right", "left or right", 0),
     ],
 )  # fmt: skip
@@ -365,6 +400,13 @@ def test_lists_must_be_lists_2_1(part, value):
     assert R.format_score(text, R.extract_scene(text)) == 0.0
 
 
+def test_ids_are_distinct_as_exact_strings_2_1():
+    twice = [OBJECTS[0], {**OBJECTS[1], "id": "man.1"}]
+    assert R.format_score(response(twice), R.extract_scene(response(twice))) == 0.0
+    cased = [OBJECTS[0], {**OBJECTS[1], "id": "Man.1"}]
+    assert R.format_score(response(cased), R.extract_scene(response(cased))) == 1.0
+
+
 def test_a_missing_list_passes_the_format_but_counts_nothing_2_1():
     text = '<observe></observe><scene>{"x": 1}</scene><think></think><answer>(B) left of</answer>'
     assert R.spatialthinker_reward(text, gold_text(), (500, 400)) == pytest.approx(
@@ -373,7 +415,10 @@ def test_a_missing_list_passes_the_format_but_counts_nothing_2_1():
 
 def test_a_tag_named_in_the_reasoning_spoils_the_format_in_both_modes_2_8_5():
     text = response().replace("<think>t", "<think>I write <answer> next")
-    assert [R.spatialthinker_reward(text, gold_text(), (500, 400), mode=mode)["format"] for mode in R.MODES] == [0.0, 0.0]
+    assert [R.spatialthinker_reward(text, gold_text(), (500, 400), mode=mode)["format"] for mode in R.MODES] == [
+        0.0,
+        0.0,
+    ]
 
 
 def test_unusable_sizes_and_gold_pay_no_box_2_8_1():
@@ -384,6 +429,12 @@ def test_unusable_sizes_and_gold_pay_no_box_2_8_1():
         gold = f'<scene>{{"objects": [{{"id": "man.1", "bbox": {box}}}]}}</scene><answer>(B) left of</answer>'
         got = R.spatialthinker_reward(response(), gold, (500, 400))
         assert (got["accuracy"], got["spatial"]) == (1.0, 0.0), box
+
+
+def test_boxes_that_cannot_be_compared_give_zero_2_8_1():
+    for bad in ([0, 0, 1e200, 1], [0, 0, math.nan, 1], [0, -math.inf, 1, math.inf], [10**400, 0, 1, 1]):
+        assert R.ciou(bad, [0, 0, 1, 1]) == R.ciou([0, 0, 1, 1], bad) == 0.0, bad
+        assert math.isfinite(R.iou(bad, [0, 0, 1, 1])), bad
 
 
 def test_surplus_objects_beyond_the_bound_leave_the_rest_matched():
@@ -434,33 +485,54 @@ def test_scene_metrics():
 # ---------------------------------------------------------------------------------------------------------------------
 # Answer extraction
 
-SIDES, YES_NO, COUNTS, LETTERS = ["behind", "in front of", "front"], ["yes", "no"], ["1", "2", "3", "4"], ["B is nearer", "A is nearer"]
+SIDES, YES_NO, COUNTS, LETTERS = (
+    ["behind", "in front of", "front"],
+    ["yes", "no"],
+    ["1", "2", "3", "4"],
+    ["B is nearer", "A is nearer"],
+)
 
 
 @pytest.mark.parametrize(
     "text, options, letter",
     [
         ("<answer>(B) in front of</answer>", SIDES, "B"), ("<answer>A</answer> <answer>B</answer>", SIDES, "B"),
-        ("(B) in front of</answer>", SIDES, "B"), ("<answer>b</answer>", SIDES, "B"), ("<answer> Answer: (B)</answer>", SIDES, "B"),
-        ("<answer>(B) in front of", SIDES, "B"), ("<think>(A) or (B)?</think> B", SIDES, "B"), ("<answer></answer>", SIDES, None),
-        ("B", SIDES, "B"), ("b.", SIDES, "B"), ("(b)", SIDES, "B"), ("B)", SIDES, "B"), ("[B]", SIDES, "B"), ("**B**", SIDES, "B"),
-        ("B. In front of.", SIDES, "B"), ("B) in front of the man", SIDES, "B"), ("b: in front of", SIDES, "B"), ("B\n\nbecause", SIDES, "B"),
-        ("The answer is B", SIDES, "B"), ("the correct answer is:\n\n(B) in front of", SIDES, "B"), ("Answer: B", SIDES, "B"),
-        ("**Answer:** B", SIDES, "B"), ("Final Answer: **(B)**", SIDES, "B"), ("The answer is A. Wait, the answer is B.", SIDES, "B"),
-        (r"so \boxed{B}", SIDES, "B"), (r"$\boxed{\text{(B)}}$", SIDES, "B"), ("I would choose option B here", SIDES, "B"),
-        ("so the man is there.\n**B**", SIDES, "B"), ("It is behind it, not really (B)", SIDES, None), ("Hence (B).", SIDES, "B"), ("so it must be B.", SIDES, "B"), ("The correct option: B", SIDES, "B"), ("It looks like (A), but it is B", SIDES, None),
+        ("(B) in front of</answer>", SIDES, "B"), ("<answer>b</answer>", SIDES, "B"),
+        ("<answer> Answer: (B)</answer>", SIDES, "B"),
+        ("<answer>(B) in front of", SIDES, "B"), ("<think>(A) or (B)?</think> B", SIDES, "B"),
+        ("<answer></answer>", SIDES, None),
+        ("B", SIDES, "B"), ("b.", SIDES, "B"), ("(b)", SIDES, "B"), ("B)", SIDES, "B"), ("[B]", SIDES, "B"),
+        ("**B**", SIDES, "B"),
+        ("B. In front of.", SIDES, "B"), ("B) in front of the man", SIDES, "B"), ("b: in front of", SIDES, "B"),
+        ("B\n\nbecause", SIDES, "B"),
+        ("The answer is B", SIDES, "B"), ("the correct answer is:\n\n(B) in front of", SIDES, "B"),
+        ("Answer: B", SIDES, "B"),
+        ("**Answer:** B", SIDES, "B"), ("Final Answer: **(B)**", SIDES, "B"),
+        ("The answer is A. Wait, the answer is B.", SIDES, "B"),
+        (r"so \boxed{B}", SIDES, "B"), (r"$\boxed{\text{(B)}}$", SIDES, "B"),
+        ("I would choose option B here", SIDES, "B"),
+        ("so the man is there.\n**B**", SIDES, "B"), ("It is behind it, not really (B)", SIDES, None),
+        ("Hence (B).", SIDES, "B"), ("so it must be B.", SIDES, "B"), ("The correct option: B", SIDES, "B"),
+        ("It looks like (A), but it is B", SIDES, None),
         ("in front of", SIDES, "B"), ("In Front Of.", SIDES, "B"), ("The man stands in front of the bike", SIDES, "B"),
         ("The tempo is B. in front of, I say", SIDES, "B"), ("front", SIDES, "C"),
-        ("A man stands there", SIDES, None), ("a man stands behind it", SIDES, "A"), ("A", SIDES, "A"), ("A.", SIDES, "A"),
-        ("a bike", ["car", "bike"], "B"), ("A bike", ["car", "bike"], "B"), ("A bike", ["bike", "car"], "A"), ("The bike", ["car", "bike"], "B"),
-        ("A or B", SIDES, None), ("(A) and (B)", SIDES, None), ("neither (A) nor (B) is right", SIDES, None), ("B/C", SIDES, None),
-        ("(A) behind\n(B) in front of", SIDES, None), ("(A) in front of", SIDES, None), ("D", SIDES, None), ("(E) behind it", SIDES, None),
-        ("behind or in front of", SIDES, None), ("It is not behind it", SIDES, None), ("", SIDES, None), ("I cannot tell", SIDES, None),
+        ("A man stands there", SIDES, None), ("a man stands behind it", SIDES, "A"), ("A", SIDES, "A"),
+        ("A.", SIDES, "A"),
+        ("a bike", ["car", "bike"], "B"), ("A bike", ["car", "bike"], "B"), ("A bike", ["bike", "car"], "A"),
+        ("The bike", ["car", "bike"], "B"),
+        ("A or B", SIDES, None), ("(A) and (B)", SIDES, None), ("neither (A) nor (B) is right", SIDES, None),
+        ("B/C", SIDES, None),
+        ("(A) behind\n(B) in front of", SIDES, None), ("(A) in front of", SIDES, None), ("D", SIDES, None),
+        ("(E) behind it", SIDES, None),
+        ("behind or in front of", SIDES, None), ("It is not behind it", SIDES, None), ("", SIDES, None),
+        ("I cannot tell", SIDES, None),
         ("Yes", YES_NO, "A"), ("No, the car is not beneath the cat.", YES_NO, "B"), ("There is no car", YES_NO, None),
         ("(B) no. The car is beside it. Yes.", YES_NO, "B"), ("<s> Yes", YES_NO, "A"), ("unknown", YES_NO, None),
-        ("3", COUNTS, "C"), ("three", COUNTS, "C"), ("There are 3 chairs", COUNTS, "C"), ("2 men and 3 chairs", COUNTS, None), ("3.5", COUNTS, None),
+        ("3", COUNTS, "C"), ("three", COUNTS, "C"), ("There are 3 chairs", COUNTS, "C"),
+        ("2 men and 3 chairs", COUNTS, None), ("3.5", COUNTS, None),
         ("A is nearer", LETTERS, "B"), ("B is nearer.", LETTERS, "A"), ("A", ["B", "A"], None), ("B", ["A", "B"], "B"),
-        ("left", ["Left", "left"], None), ("(B) left", ["Left", "left"], "B"), ("(B) 4", [], "B"), ("(a) Open", [], "A"), ("4", [], None),
+        ("left", ["Left", "left"], None), ("(B) left", ["Left", "left"], "B"), ("(B) 4", [], "B"),
+        ("(a) Open", [], "A"), ("4", [], None),
     ],
 )  # fmt: skip
 def test_extract_choice(text, options, letter):
@@ -468,14 +540,20 @@ def test_extract_choice(text, options, letter):
 
 
 def test_grade_choice_reads_gold_in_any_dress():
-    assert R.grade_choice("(B) no", YES_NO, "no") and R.grade_choice("no", YES_NO, "(b)") and R.grade_choice("B", YES_NO, "B")
+    assert (
+        R.grade_choice("(B) no", YES_NO, "no")
+        and R.grade_choice("no", YES_NO, "(b)")
+        and R.grade_choice("B", YES_NO, "B")
+    )
     assert not R.grade_choice("(A) yes", YES_NO, "no") and not R.grade_choice("perhaps", YES_NO, "maybe")
 
 
 @pytest.mark.parametrize(
     "text, value",
-    [("3", 3), ("-2.5 m", -2.5), ("1,234.5", 1234.5), ("1e3", 1000), ("2.5 meters (8 feet)", 2.5), ("2 rows of 3, so 6", 2), ("so 2 rows of 3 make 6", 6), (".5", 0.5),
-     ("twenty-one cars", 21), ("the answer is twelve", 12), ("\u22124", -4), ("none", None), ("", None), ("1" * 400, None),
+    [("3", 3), ("-2.5 m", -2.5), ("1,234.5", 1234.5), ("1e3", 1000), ("2.5 meters (8 feet)", 2.5),
+     ("2 rows of 3, so 6", 2), ("so 2 rows of 3 make 6", 6), (".5", 0.5),
+     ("twenty-one cars", 21), ("the answer is twelve", 12), ("\u22124", -4), ("none", None), ("", None),
+     ("1" * 400, None),
      ("10,20", 10), ("v1.2.3", None)],
 )  # fmt: skip
 def test_read_number(text, value):
@@ -487,7 +565,9 @@ def test_grade_dispatches_by_kind():
     assert R.grade(row, "<answer>(B) no</answer>") == {"correct": True, "answer": "B"}
     assert R.grade(row, None) == {"correct": False, "answer": None}
     row = {"id": "r", "options": [], "gold": "4", "kind": "number"}
-    assert R.grade(row, "<answer>(B) 4</answer>") == {"correct": True, "answer": "4"} and not R.grade(row, "5")["correct"]
+    assert (
+        R.grade(row, "<answer>(B) 4</answer>") == {"correct": True, "answer": "4"} and not R.grade(row, "5")["correct"]
+    )
     assert R.grade({**row, "kind": "regression"}, "about 3") == {"correct": 0.75, "answer": "3"}
     assert R.grade({**row, "kind": "regression", "gold": "0"}, "0")["correct"] == 1.0
     assert R.grade({**row, "kind": "text", "gold": "yes"}, "Yes, it is.") == {"correct": True, "answer": "Yes, it is."}
@@ -498,10 +578,14 @@ def test_grade_dispatches_by_kind():
 
 @pytest.mark.parametrize(
     "a, b, same",
-    [("foot", "feet", 1), ("left and right", "left or right", 1), ("on", "no", 1), ("(A) 3.0", "(A) 3", 1), ("x=5", "5", 1),
-     ("(B)behind", "(B) behind", 1), ("(B) behind.", "(B) behind", 0), ("1/2", "2/4", 0), ("50%", "50", 1), ("\\frac{1}{2}", "0.5", 1),
-     ("\\text{(B) behind}", "(B) behind", 1), ("(B) 1 day", "(B) 1 hour", 1), ("2*3", "6", 0), ("1,000", "1000", 1), ("(1,2)", "(1, 2.0)", 1),
-     ("(2,1)", "(1,2)", 0), ("[1,2)", "(1,2)", 0), ("3 1/2", "3.5", 1), ("1e3", "1000", 1), ("B", "(b)", 1), ("B)", "B", 0),
+    [("foot", "feet", 1), ("left and right", "left or right", 1), ("on", "no", 1), ("(A) 3.0", "(A) 3", 1),
+     ("x=5", "5", 1),
+     ("(B)behind", "(B) behind", 1), ("(B) behind.", "(B) behind", 0), ("1/2", "2/4", 0), ("50%", "50", 1),
+     ("\\frac{1}{2}", "0.5", 1),
+     ("\\text{(B) behind}", "(B) behind", 1), ("(B) 1 day", "(B) 1 hour", 1), ("2*3", "6", 0), ("1,000", "1000", 1),
+     ("(1,2)", "(1, 2.0)", 1),
+     ("(2,1)", "(1,2)", 0), ("[1,2)", "(1,2)", 0), ("3 1/2", "3.5", 1), ("1e3", "1000", 1), ("B", "(b)", 1),
+     ("B)", "B", 0),
      ("0.75", "3/4", 1), ("9^9", "9^8", 0), ("x", "y", 0), ("", "foot", 1), ("2 million", "2000000", 0)],
 )  # fmt: skip
 def test_grade_math_agrees_with_mathruler_2_3(a, b, same):  # every line was run through mathruler 0.1.0
@@ -522,7 +606,7 @@ def test_extract_choice_agrees_with_the_authors_of_blink():
             if (letter or "Z") != theirs:
                 differ.append((item["idx"], theirs, letter))
     assert total == 1430 and len(differ) <= 13  # 99.1 %
-    # The rest are texts that name no option, where the authors' judge inferred one; and one 'No, there is no ...' they left out.
+    # The rest name no option (the authors' judge inferred one), but for one 'No, there is no ...' that they left out.
     assert [x for x in differ if x[2] is not None] == [("val_Spatial_Relation_121", "Z", "B")]
 
 
@@ -548,7 +632,7 @@ def test_grading_agrees_with_the_rule_based_verdicts_of_tempcompass():
 
 def test_runs_from_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "rewards.py", tmp_path)
-    code = "import sys; sys.path.insert(0, '.'); import rewards; print(rewards.__file__); print(rewards.vanilla_reward('a', 'a'))"
+    code = "import sys; sys.path.insert(0, '.'); import rewards as R; print(R.__file__, R.vanilla_reward('a', 'a'))"
     run = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert str(tmp_path) in run.stdout and "{'total': 0.5, 'format': 0.0, 'accuracy': 1.0}" in run.stdout
@@ -570,12 +654,17 @@ def test_4096_completions_take_at_most_one_second_on_one_core(mode):
         scenes = []
         for _ in range(9):
             corners = [(rng.randint(0, 500), rng.randint(0, 300)) for _ in range(rng.randint(4, 6))]
-            objects = [{"id": f"{rng.choice(labels)}.{k}", "bbox": [x, y, x + rng.randint(10, 140), y + rng.randint(10, 180)]}
-                       for k, (x, y) in enumerate(corners)]  # fmt: skip
+            boxes = [[x, y, x + rng.randint(10, 140), y + rng.randint(10, 180)] for x, y in corners]
+            objects = [{"id": f"{rng.choice(labels)}.{k}", "bbox": box} for k, box in enumerate(boxes)]
             pairs = [rng.sample(objects, 2) for _ in range(3)]
-            scenes.append((objects, [{"subject": a["id"], "predicate": "left of", "object": b["id"]} for a, b in pairs]))
+            scenes.append(
+                (objects, [{"subject": a["id"], "predicate": "left of", "object": b["id"]} for a, b in pairs])
+            )
         gold = gold_text(*scenes[0])
-        work += [(response(*scene).replace("<think>t", "<think>" + "the man is left of the bike " * 30), gold) for scene in scenes[1:]]
+        work += [
+            (response(*scene).replace("<think>t", "<think>" + "the man is left of the bike " * 30), gold)
+            for scene in scenes[1:]
+        ]
     times = []
     for _ in range(3):
         start = time.process_time()

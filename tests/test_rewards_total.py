@@ -12,16 +12,56 @@ import rewards as R
 
 any_text = st.text(alphabet=st.characters(), max_size=60)  # lone surrogates too
 PIECES = [f"<{slash}{tag}>" for tag in R.TAGS for slash in ("", "/")]
-PIECES += ["Answer:", "answer is", "(A)", "(B)", "B.", "**", "\\boxed{", "}", " ", "\n", "not ", "yes", "no", "left", "<s>", "</think>"]
-PIECES += ["1,000", "-", "3.5e9", "1e999", "9" * 5000, "\ud800", "\u0661", "\\frac", "\\text{ ", "x=", "(", ")", "^", "sqrt", "1/0", "\x00"]
+PIECES += [
+    "Answer:",
+    "answer is",
+    "(A)",
+    "(B)",
+    "B.",
+    "**",
+    "\\boxed{",
+    "}",
+    " ",
+    "\n",
+    "not ",
+    "yes",
+    "no",
+    "left",
+    "<s>",
+    "</think>",
+]
+PIECES += [
+    "1,000",
+    "-",
+    "3.5e9",
+    "1e999",
+    "9" * 5000,
+    "\ud800",
+    "\u0661",
+    "\\frac",
+    "\\text{ ",
+    "x=",
+    "(",
+    ")",
+    "^",
+    "sqrt",
+    "1/0",
+    "\x00",
+]
 messy_text = st.lists(st.sampled_from(PIECES) | any_text, max_size=25).map("".join)
 
 numbers = st.integers(-1000, 1000) | st.integers(-(10**400), 10**400) | st.floats() | st.booleans()
-wild = st.recursive(st.none() | numbers | any_text, lambda x: st.lists(x, max_size=4) | st.dictionaries(any_text, x, max_size=4), max_leaves=8)
+wild = st.recursive(
+    st.none() | numbers | any_text,
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(any_text, x, max_size=4),
+    max_leaves=8,
+)
 ids = st.sampled_from(["man.1", "man.2", "bike.1", "red_car.3", "_.1", "x.\u0661"])
 boxes = st.lists(numbers, min_size=4, max_size=4)
 objects = st.fixed_dictionaries({"id": ids, "bbox": boxes})
-relations = st.fixed_dictionaries({"subject": ids, "predicate": st.sampled_from(["on", "left of"]) | any_text, "object": ids})
+relations = st.fixed_dictionaries(
+    {"subject": ids, "predicate": st.sampled_from(["on", "left of"]) | any_text, "object": ids}
+)
 
 
 def scenes(some_objects, some_relations):
@@ -29,7 +69,11 @@ def scenes(some_objects, some_relations):
 
 
 valid_scene = scenes(st.lists(objects, max_size=5, unique_by=lambda x: x["id"]), st.lists(relations, max_size=4))
-odd_scene = valid_scene | scenes(wild | st.lists(objects | wild, max_size=4), wild | st.lists(relations | wild, max_size=4)) | wild
+odd_scene = (
+    valid_scene
+    | scenes(wild | st.lists(objects | wild, max_size=4), wild | st.lists(relations | wild, max_size=4))
+    | wild
+)
 answers = st.sampled_from(["(B) left", "B", "left.", "(A) right", "3", ""]) | any_text
 sizes = st.tuples(numbers, numbers) | st.sampled_from([(640, 480), (1, 1), (0, 5), None])
 
@@ -46,7 +90,9 @@ def assert_sane(result, *, keys, bounded):
     for name, value in result.items():
         assert isinstance(value, (int, float)) and math.isfinite(value), result
         assert value <= 1 + 1e-9, result
-        assert value >= 0 or (not bounded and name in ("spatial", "total")), result  # upstream's CIoU has no lower bound
+        assert value >= 0 or (not bounded and name in ("spatial", "total")), (
+            result
+        )  # upstream's CIoU has no lower bound
 
 
 def check_spatialthinker(response, gold, size):
@@ -59,7 +105,11 @@ def check_all(response, gold, size):
     check_spatialthinker(response, gold, size)
     for mode in R.MODES:
         for scene in (False, True):
-            assert_sane(R.vanilla_reward(response, gold, scene=scene, mode=mode), keys={"total", "format", "accuracy"}, bounded=True)
+            assert_sane(
+                R.vanilla_reward(response, gold, scene=scene, mode=mode),
+                keys={"total", "format", "accuracy"},
+                bounded=True,
+            )
     for kind in R.GRADERS:
         for options in (["left", "right"], []):
             got = R.grade({"id": "r", "kind": kind, "gold": gold, "options": options}, response)
@@ -95,7 +145,9 @@ def test_wild_boxes_in_right_answers_give_finite_numbers_in_range(scene, gold, s
 
 
 pixels = st.integers(0, 400)
-proper = st.tuples(pixels, pixels, st.integers(20, 200), st.integers(20, 200)).map(lambda t: [t[0], t[1], t[0] + t[2], t[1] + t[3]])
+proper = st.tuples(pixels, pixels, st.integers(20, 200), st.integers(20, 200)).map(
+    lambda t: [t[0], t[1], t[0] + t[2], t[1] + t[3]]
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,9 +158,15 @@ def test_gold_itself_earns_everything_in_any_order(some_boxes, pairs, rng):
     text = "<observe></observe><scene>{}</scene><think></think><answer>(B) left</answer>"
     shuffled = {key: rng.sample(value, len(value)) for key, value in gold.items()}
     for mode in R.MODES:
-        got = R.spatialthinker_reward(text.format(json.dumps(shuffled)), text.format(json.dumps(gold)), (640, 640), mode=mode)
+        got = R.spatialthinker_reward(
+            text.format(json.dumps(shuffled)), text.format(json.dumps(gold)), (640, 640), mode=mode
+        )
         assert got["total"] == pytest.approx(1.0, abs=1e-3), mode
-    assert R.scene_metrics(text.format(json.dumps(shuffled)), gold, (640, 640)) == {"iou": 1.0, "object_f1": 1.0, "relation_f1": 1.0}
+    assert R.scene_metrics(text.format(json.dumps(shuffled)), gold, (640, 640)) == {
+        "iou": 1.0,
+        "object_f1": 1.0,
+        "relation_f1": 1.0,
+    }
 
 
 @settings(max_examples=300, deadline=None)
@@ -127,7 +185,9 @@ def test_lexical_is_a_similarity(a, b):
     assert (value == 1) == (R.clean_label(a).split() == R.clean_label(b).split())
 
 
-words = st.lists(st.sampled_from("the red blue car man left right of behind near 3 12 two".split()), min_size=1, max_size=4).map(" ".join)
+words = st.lists(
+    st.sampled_from("the red blue car man left right of behind near 3 12 two".split()), min_size=1, max_size=4
+).map(" ".join)
 
 
 @settings(max_examples=400, deadline=None)
@@ -135,7 +195,15 @@ words = st.lists(st.sampled_from("the red blue car man left right of behind near
 def test_the_letter_and_text_of_an_option_choose_it(options, data):
     index = data.draw(st.integers(0, len(options) - 1))
     letter, text = "ABCDEF"[index], options[index]
-    for said in (f"({letter}) {text}", f"({letter})", f"{letter}.", letter, text, f"{letter}) {text.upper()}.", f"The answer is ({letter})"):
+    for said in (
+        f"({letter}) {text}",
+        f"({letter})",
+        f"{letter}.",
+        letter,
+        text,
+        f"{letter}) {text.upper()}.",
+        f"The answer is ({letter})",
+    ):
         assert R.extract_choice(f"<think>(A) or (B)?</think>\n<answer>{said}</answer>", options) == letter, said
 
 
@@ -172,7 +240,9 @@ HOSTILE = {
     "words": "left right " * (MB // 11),
     "one letter": "a" * MB,
 }
-GOLD = '<scene>{"objects": [{"id": "man.1", "bbox": [1, 2, 3, 4]}], "relationships": []}</scene>\n<answer>(B) left</answer>'
+GOLD = (
+    '<scene>{"objects": [{"id": "man.1", "bbox": [1, 2, 3, 4]}], "relationships": []}</scene><answer>(B) left</answer>'
+)
 
 
 def within(seconds, function, *arguments, **options):
@@ -205,8 +275,13 @@ def test_a_megabyte_takes_linear_time(name):
 @pytest.mark.parametrize("gold_objects", [5, 400])
 def test_thousands_of_objects_do_not_make_the_matching_explode(gold_objects):
     def scene(n):
-        found = [{"id": f"{chr(97 + k % 26)}{chr(97 + k // 26 % 26)}.{k}", "bbox": [k % 97, k % 89, k % 97 + 9, k % 89 + 9]} for k in range(n)]
-        return json.dumps({"objects": found, "relationships": [{"subject": "a.1", "predicate": "on", "object": "b.1"}] * n})
+        found = [
+            {"id": f"{chr(97 + k % 26)}{chr(97 + k // 26 % 26)}.{k}", "bbox": [k % 97, k % 89, k % 97 + 9, k % 89 + 9]}
+            for k in range(n)
+        ]
+        return json.dumps(
+            {"objects": found, "relationships": [{"subject": "a.1", "predicate": "on", "object": "b.1"}] * n}
+        )
 
     text = FOUR.replace("{{}}", "{1}")
     response, gold = text.format("", scene(10_000)), text.format("", scene(gold_objects))

