@@ -129,9 +129,12 @@ def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype 
             raise ValueError(f"{source}: a {config.model_type} checkpoint, not a vision model this code knows ({known})")
         model_class = getattr(transformers, FAMILIES[config.model_type]["model_class"])
         try:
-            model = model_class.from_pretrained(source, dtype=dtype).to(device)
+            model, loaded = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            model = model.to(device)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{source}: the weights do not load: {str(error).splitlines()[0]}") from error
+        if missing := sorted(loaded["missing_keys"]):  # transformers fills them with noise and only prints a table
+            raise ValueError(f"{source}: {len(missing)} weights are missing from the checkpoint, {missing[0]} the first")
         proc = load_processor(processor or source)
     for part in (model.config, model.config.text_config, model.config.vision_config):
         part._attn_implementation = attention
@@ -296,6 +299,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
+        self.checkpointing = False
         self.register_buffer("banned", banned.to(next(model.parameters()).device), persistent=False)
 
     @property
@@ -312,6 +316,11 @@ class Policy(nn.Module):
 
     def freeze_vision(self) -> None:
         self.vision.requires_grad_(False)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.checkpointing = True
 
     def picture_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
         """pixels (patches, C*t*p*p), grid (pictures, 3) on the CPU -> (picture tokens, H). No graph if frozen."""
@@ -340,6 +349,9 @@ class Policy(nn.Module):
 
     def forward(self, packed: Packed, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of every completion token: (M,), (M,), fp32. The head sees completion rows only."""
+        # transformers checkpoints in training mode only, and drops the decoding cache there: HFRollout sets it back.
+        # Nothing else hangs on the mode, these models have no dropout.
+        self.model.train(self.checkpointing)
         embeds = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid)  # (T, H)
         positions = torch.cat([packed.positions[:1], packed.positions])  # (4, T): transformers wants a text row first
         hidden = self.language(

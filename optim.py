@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
@@ -64,7 +65,7 @@ class MasterOptimizer:
                 torch.optim.AdamW(rest, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=fused),
             ]
         else:
-            raise ValueError(f"unknown optimizer {kind!r}: adamw or muon")
+            raise ValueError(f"unknown optimizer {kind!r}: one of {', '.join(OPTIMIZERS)}")
 
     @property
     def gradients(self) -> list[Tensor]:

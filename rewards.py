@@ -372,11 +372,14 @@ def spatial_score(scene: dict, gold: Gold, size: tuple, *, corrected: bool, simi
     return _mend_relations(score, relations, gold.relations) if corrected else score
 
 
-def spatialthinker_reward(response: str, gold: str, size: tuple, *, mode="upstream", similarity=lexical) -> dict:
+def spatialthinker_reward(
+    response: str, gold: str, size: tuple, *, mode="upstream", similarity=lexical, options: tuple[str, ...] = ()
+) -> dict[str, float]:
     """The SpatialThinker reward (2.1): 0.1 format + 0.2 count + 0.5 accuracy + 0.2 spatial.
 
     Format gates everything, accuracy gates spatial. gold: see solution_text(). size: (W, H) of the original picture,
-    whose pixels the boxes are in. similarity: a function of two cleaned labels, see SIMILARITIES.
+    whose pixels the boxes are in. similarity: a function of two cleaned labels, see SIMILARITIES. options: the texts of
+    a choice; corrected mode then grades by grade_choice(), as evaluation does.
     Returns total, format, count, accuracy, spatial. Raises ValueError for an unknown mode."""
     corrected = _is_corrected(mode)
     scene = extract_scene(response)
@@ -384,7 +387,10 @@ def spatialthinker_reward(response: str, gold: str, size: tuple, *, mode="upstre
         return {"total": 0.0, "format": 0.0, "count": 0.0, "accuracy": 0.0, "spatial": 0.0}
     want, answer = _read_gold(gold), extract_answer(response)
     count = count_score(scene, want.scene)
-    right = _mend_answer(answer, want.answer) if corrected else answer.lower() == want.answer.lower()
+    if corrected:
+        right = grade_choice(response, list(options), want.answer) if options else _mend_answer(answer, want.answer)
+    else:
+        right = answer.lower() == want.answer.lower()
     spatial = spatial_score(scene, want, size, corrected=corrected, similarity=similarity) if right else 0.0
     total = W_FORMAT + W_COUNT * count + W_ACCURACY * right + W_SPATIAL * spatial
     return {"total": total, "format": 1.0, "count": count, "accuracy": float(right), "spatial": spatial}
@@ -433,13 +439,17 @@ def _one_line_answer(text: str) -> str | None:
     return None
 
 
-def vanilla_reward(response: str, gold: str, *, scene: bool = False, mode: str = "upstream") -> dict[str, float]:
+def vanilla_reward(
+    response: str, gold: str, *, scene: bool = False, mode: str = "upstream", options: tuple[str, ...] = ()
+) -> dict[str, float]:
     """Vanilla GRPO's reward: 0.5 accuracy + 0.5 format, without a gate (2.3); scene=True: four blocks in order, and
-    nothing at all without them (2.4). Upstream accuracy is grade_math() resp. equality of the answer blocks.
+    nothing at all without them (2.4). options: as in spatialthinker_reward(). Upstream accuracy is grade_math() resp. equality of the answer blocks.
     Returns total, format, accuracy. Raises ValueError for an unknown mode."""
     corrected = _is_corrected(mode)
     formed = _are_blocks(_mend_blocks(response) if corrected else response, TAGS if scene else ("think", "answer"))
-    if corrected:
+    if corrected and options:
+        right = grade_choice(response, list(options), extract_answer(gold) or gold)
+    elif corrected:
         found = _inside(response, "answer")
         right = _mend_answer(response if found is None else found, extract_answer(gold) or gold)
     elif scene:

@@ -94,6 +94,7 @@ class HFRollout:
     @torch.no_grad()
     def generate(self, prompts: list, *, n: int, max_tokens: int, temperature: float, seed: int) -> list[list[Completion]]:
         """n completions a prompt; temperature 0 is greedy, with log-probs at temperature 1. One seed, one result."""
+        self.policy.model.eval()  # in training mode with checkpointing transformers drops the cache
         generator = torch.Generator(self.policy.device).manual_seed(seed)
         at_once = max(1, self.max_sequences // n)
         groups = []

@@ -72,9 +72,10 @@ def _built_in(spec: str, mode: str, similarity: Callable[[str, str], float]) -> 
     import rewards
     if spec == "spatialthinker":
         return lambda response, row: rewards.spatialthinker_reward(
-            response, rewards.solution_text(row), row["size"], mode=mode, similarity=similarity)
+            response, rewards.solution_text(row), row["size"], mode=mode, similarity=similarity, options=row["options"])
     scene = spec == "vanilla-scene"
-    return lambda response, row: rewards.vanilla_reward(response, rewards.solution_text(row), scene=scene, mode=mode)
+    return lambda response, row: rewards.vanilla_reward(response, rewards.solution_text(row), scene=scene, mode=mode,
+                                                        options=row["options"])
 
 
 def resolve_similarity(name: str, *, sources: dict[str, str] | None = None) -> Callable[[str, str], float]:

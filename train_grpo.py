@@ -30,12 +30,12 @@ from torch import Tensor
 import ranks
 import scoring
 from data.dataset import encode, encode_rows, load_rows
-from kernels.policy_loss import policy_loss
+from kernels.policy_loss import KL_ESTIMATORS, policy_loss
 from metrics import Clock, LossStats, reward_metrics
 from model import (
     Packed, Policy, banned_ids, frozen_copy, load_model, pack, pack_groups, reduce_gradients, save_hf, weights,
 )  # fmt: skip
-from optim import MasterOptimizer, learning_rate
+from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import HFRollout, VLLMRollout, choose_rollout
 
 
@@ -140,6 +140,8 @@ PRESETS = {
 }  # fmt: skip
 
 
+NORMALIZERS = ("token", "sequence")
+
 # ---------------------------------------------------------------- the algorithm
 
 
@@ -163,7 +165,7 @@ def token_scale(packed: Packed, normalize: str, tokens: float, sequences: float)
     if normalize == "sequence":
         own = torch.zeros_like(packed.lengths, dtype=torch.float32).index_add(0, packed.sequence, packed.loss_mask)
         return packed.loss_mask / (own.clamp(min=1.0)[packed.sequence] * sequences)
-    raise ValueError(f"--normalize {normalize}: token or sequence")
+    raise ValueError(f"--normalize {normalize}: one of {', '.join(NORMALIZERS)}")
 
 
 def global_counts(packs: list[Packed], device) -> tuple[float, float, int]:
@@ -275,6 +277,10 @@ def check_config(cfg: Config, world: int) -> None:
         raise ValueError("--group-size: a group needs at least 2 completions")
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
+    for flag, value, known in (("normalize", cfg.normalize, NORMALIZERS), ("kl", cfg.kl, KL_ESTIMATORS),
+                               ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS)):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"--{flag} {value}: one of {', '.join(known)}")
 
 
 def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
@@ -380,7 +386,7 @@ def main(cfg: Config) -> None:
             if cfg.freeze_vision:
                 policy.freeze_vision()
             if cfg.checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                policy.checkpoint_activations()
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
             if cfg.dry_run:

@@ -185,7 +185,7 @@ def main(cfg: Config) -> None:
             if cfg.freeze_vision:
                 policy.freeze_vision()
             if cfg.checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                policy.checkpoint_activations()
             endless = cfg.limit is None and cfg.data.startswith("scenes")
             rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_sft_rows(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []

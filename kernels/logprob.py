@@ -1,9 +1,9 @@
 """Log-probability of chosen tokens, and the entropy of their distribution, from hidden states and the head.
 
     logits[m, v] = hidden[m] . weight[v] / temperature          banned v: -inf
-    lse[m]       = log sum_v exp(logits[m, v])
-    logp[m]      = logits[m, target[m]] - lse[m]
-    entropy[m]   = lse[m] - sum_v softmax(logits[m])[v] * logits[m, v]
+    logps[m, v]  = logits[m, v] - log sum_u exp(logits[m, u])
+    logp[m]      = logps[m, target[m]]
+    entropy[m]   = - sum_v exp(logps[m, v]) logps[m, v]
 
 Hidden states come already gathered to the rows that predict a completion token, so the prompt never meets the
 head. Banned tokens (vision specials, vocabulary rows beyond the tokenizer) leave the softmax on both sides: the
@@ -53,12 +53,13 @@ def _from_logits(logits: Tensor, targets: Tensor, temperature: float, banned: Te
     logits = logits / temperature  # (M, V)
     if banned is not None:
         logits = logits.masked_fill(banned, float("-inf"))
-    lse = torch.logsumexp(logits, dim=-1)  # (M,)
-    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - lse  # (M,)
-    probabilities = torch.exp(logits - lse[:, None])  # (M, V)
+    # log_softmax subtracts the maximum first: `logit - logsumexp` of logits in the thousands loses four digits, and
+    # so does an entropy formed as lse - sum(p * logit).
+    logps = torch.log_softmax(logits, dim=-1)  # (M, V)
+    probabilities = logps.exp()
     # 0 * -inf is nan for banned tokens; they carry no probability, so any finite value will do.
-    entropy = lse - (probabilities * logits.masked_fill(probabilities == 0, 0.0)).sum(-1)  # (M,)
-    return logp, entropy
+    entropy = -(probabilities * logps.masked_fill(probabilities == 0, 0.0)).sum(-1)  # (M,)
+    return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
 def token_logprob(

@@ -82,7 +82,7 @@ def test_prefix_attention_is_the_softmax_over_prompt_and_own_past(name, heads, k
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_calls_merged_by_log_sum_exp_are_one_softmax(name, monkeypatch):
-    """The arithmetic of the GPU path (two calls, merged statistics, their backward), with dense stand-ins for the calls."""
+    """The arithmetic of the GPU path (two calls, merged statistics, their backward), with dense stand-ins."""
     import kernels.prefix_attention as module
 
     layout, width = Layout(LAYOUTS[name], CPU), 8
@@ -105,7 +105,7 @@ class DenseFlash:
 
     @staticmethod
     def _scores(q, k, bounds_q, bounds_k, causal, scale):
-        """(heads, tq, tk), -inf between segments and, if causal, above the diagonal (aligned at the end, as flash does)."""
+        """(heads, tq, tk), -inf between segments and, if causal, above the diagonal (aligned at the end)."""
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = torch.full((q.shape[1], len(q), len(k)), -math.inf, dtype=q.dtype)
         for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
@@ -122,7 +122,13 @@ class DenseFlash:
         scores = DenseFlash._scores(q, k, bounds_q, bounds_k, causal, scale)
         lse = scores.logsumexp(-1)  # (heads, tq)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        return torch.einsum("hqk,khd->qhd", (scores - lse[..., None]).exp(), v), lse, lse.new_zeros(1), lse.new_zeros(1), None
+        return (
+            torch.einsum("hqk,khd->qhd", (scores - lse[..., None]).exp(), v),
+            lse,
+            lse.new_zeros(1),
+            lse.new_zeros(1),
+            None,
+        )
 
     @staticmethod
     def _flash_attention_backward(grad, q, k, v, out, lse, bounds_q, bounds_k, longest_q, longest_k, dropout, causal,
@@ -218,7 +224,9 @@ def test_only_one_chunk_of_logits_is_alive(monkeypatch):
         logp, _ = token_logprob(hidden, weight, targets, banned=banned, chunk_rows=8)
     assert max(sizes) <= weight.numel()  # 12,000, where all logits are 32,000
     widest, inner = [], logprob_module.token_logprob_reference
-    monkeypatch.setattr(logprob_module, "token_logprob_reference", lambda h, *a, **k: widest.append(len(h)) or inner(h, *a, **k))
+    monkeypatch.setattr(
+        logprob_module, "token_logprob_reference", lambda h, *a, **k: widest.append(len(h)) or inner(h, *a, **k)
+    )
     token_logprob(hidden, weight, targets, banned=banned, chunk_rows=8)[0].sum().backward()
     assert set(widest) == {8} and len(widest) == 16  # forward, and again in the backward
 
@@ -352,7 +360,10 @@ def test_importance_weights_are_capped_detached_and_counted():
     _, uncorrected, stats = loss_of(old, old, [1.0, 1.0, -1.0], rollout_logp=rollout)
     assert uncorrected == pytest.approx([-1.0, -1.0, 1.0]) and stats["importance_max"] == pytest.approx(4.0, rel=1e-5)
     plain = loss_of([-2.0], None, [0.0], ref_logp=[-1.0], kl="k2", kl_coef=1.0)
-    assert loss_of([-2.0], None, [0.0], ref_logp=[-1.0], kl="k2", kl_coef=1.0, rollout_logp=[-9.0], importance_cap=2.0)[:2] == plain[:2]
+    assert (
+        loss_of([-2.0], None, [0.0], ref_logp=[-1.0], kl="k2", kl_coef=1.0, rollout_logp=[-9.0], importance_cap=2.0)[:2]
+        == plain[:2]
+    )
 
 
 # estimator -> value and derivative by logp at q = ref - logp
@@ -426,13 +437,13 @@ def test_oracle_kl(vectors):
 
 
 def test_oracle_policy_loss(vectors):
-    """[loss, clip fraction high, clip fraction low, mean KL]; upstream's `high` is either clip, its `low` the dual one."""
+    """[loss, clip fraction high, low, mean KL]; upstream's `high` is either clip, its `low` the dual one."""
     cases = [v for v in vectors if v["function"] == "algo.policy_loss"]
     assert len(cases) == 6
     for case in cases:
         given = case["input"]
-        logp, old, advantages, mask = (torch.tensor(given[key]).flatten()
-                                       for key in ("log_probs", "old_log_probs", "advantages", "response_mask"))  # fmt: skip
+        names = ("log_probs", "old_log_probs", "advantages", "response_mask")
+        logp, old, advantages, mask = (torch.tensor(given[name]).flatten() for name in names)
         loss, stats = policy_loss(
             logp, advantages, mask / mask.sum(), old_logp=old, clip_low=given["clip_ratio_low"],
             clip_high=given["clip_ratio_high"], dual_clip=given["clip_ratio_dual"],

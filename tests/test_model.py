@@ -8,8 +8,20 @@ import torch
 from conftest import make_group, make_prompt, new_policy, sharpen
 
 import model as model_module
-from model import (Policy, banned_ids, frozen_copy, load_model, mrope_positions, pack, pack_groups, plan_packs,
-                   reduce_gradients, save_hf, stop_ids, weights)
+from model import (
+    Policy,
+    banned_ids,
+    frozen_copy,
+    load_model,
+    mrope_positions,
+    pack,
+    pack_groups,
+    plan_packs,
+    reduce_gradients,
+    save_hf,
+    stop_ids,
+    weights,
+)
 
 TOLERANCE = 1e-5
 
@@ -222,8 +234,8 @@ def test_pack_gives_every_group_its_own_advantages(tiny, prompts):
 def test_rule_03_the_mask_holds_specials_and_rows_without_a_token(tiny):
     tokenizer, banned = tiny.processor.tokenizer, tiny.policy.banned
     assert banned.shape == (tiny.config.text_config.vocab_size,)
-    expected = {tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-                for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")} - {None}  # fmt: skip
+    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    expected = {tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names} - {None}
     expected |= set(range(len(tokenizer), len(banned)))
     assert len(expected) > 5 and set(banned.nonzero().squeeze(-1).tolist()) == expected
     assert not banned[list(stop_ids(tiny.processor))].any()
@@ -306,7 +318,9 @@ def test_rule_08_a_bf16_policy_keeps_log_probs_in_fp32(tiny, prompts):
     place = torch.cumsum(~policy.banned, 0) - 1
     exact = logits.log_softmax(-1)
     assert logp.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(logp.double(), exact.gather(1, place[packed.targets][:, None]).squeeze(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logp.double(), exact.gather(1, place[packed.targets][:, None]).squeeze(1), rtol=0, atol=1e-4
+    )
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=0, atol=1e-4)
 
 
@@ -422,7 +436,9 @@ def test_named_shapes_are_the_published_ones(shape, parameters):
 def test_a_model_that_is_none_gets_one_line(tmp_path, source, tiny):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
+    (tmp_path / "text" / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    )
     (tmp_path / "torn").mkdir()
     tiny.config.save_pretrained(tmp_path / "torn")
     (tmp_path / "torn" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
@@ -439,7 +455,9 @@ def test_a_checkpoint_with_holes_is_refused(tmp_path, own):
 
     save_hf(own.policy, own.processor, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in state.items() if "layers.1.mlp" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in state.items() if "layers.1.mlp" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ValueError, match="layers.1.mlp") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)

@@ -240,7 +240,10 @@ def test_rule_14_oracle_lr_multiplier(vectors):
     assert len(cases) == 3
     for case in cases:
         warmup, steps = case["input"]["num_warmup_steps"], case["input"]["steps"]
-        ours = [learning_rate(i, peak=1.0, schedule="constant", warmup_steps=warmup, total_steps=steps) for i in range(steps)]
+        ours = [
+            learning_rate(i, peak=1.0, schedule="constant", warmup_steps=warmup, total_steps=steps)
+            for i in range(steps)
+        ]
         assert case["expected"][0] == 0.0 < ours[0]
         lagging = case["expected"][1:]  # min(1, i / max(1, warmup)) from i = 1
         assert ours[: steps - 1] == pytest.approx(lagging, abs=1e-9)

@@ -1,6 +1,6 @@
 """Two ranks through gloo: the gradient, the metrics and the end of a run do not depend on how many there are.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/test_ranks.py OUT        what the tests start, once
+    PYTHONPATH=. python -m torch.distributed.run --nproc_per_node 2 tests/test_ranks.py OUT      as the tests start it
 
 Every case runs in one pair of processes, which write down what they computed; the tests compare it with this process.
 """
@@ -14,10 +14,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # started by torchrun, where pytest.ini does not set the path
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,9 +25,10 @@ from model import frozen_copy, reduce_gradients
 from optim import MasterOptimizer
 from train_grpo import Config, train_step
 
+ROOT = Path(__file__).resolve().parent.parent
 BASE = Config(kl="k3", kl_coef=0.5, importance_cap=0.0, token_budget=10_000, mini_batches=1, lr=1e-3, steps=10)
 
-# name -> (config, texts of the prompts (a number is the pictures of it), completion lengths); dealt out like cards
+# name -> (config, batch)
 CASES = {
     "token": (replace(BASE, normalize="token"), "unequal"),
     "sequence": (replace(BASE, normalize="sequence"), "unequal"),
@@ -40,10 +37,12 @@ CASES = {
     "pictures on one rank only": (replace(BASE, normalize="token"), "pictures on rank 0"),
     "unequal micro-batches and pictures": (replace(BASE, normalize="sequence", token_budget=60), "pictures on rank 0"),
 }
-# (pictures, completion lengths) a prompt; rank 0 has the even ones
+# (pictures, completion lengths) of each prompt; dealt out like cards, so rank 0 has the even ones
 BATCHES = {
-    "unequal": [(0, (2, 3)), (1, (30, 21)), (1, (1, 1)), (0, (40, 17)), (0, (4, 2)), (1, (9, 33)), (0, (1, 5)), (2, (28, 8))],
-    "pictures on rank 0": [(1, (2, 3)), (0, (30, 21)), (2, (1, 1)), (0, (40, 17)), (1, (4, 2)), (0, (9, 33)), (1, (1, 5)), (0, (28, 8))],
+    "unequal": [(0, (2, 3)), (1, (30, 21)), (1, (1, 1)), (0, (40, 17)),
+                (0, (4, 2)), (1, (9, 33)), (0, (1, 5)), (2, (28, 8))],
+    "pictures on rank 0": [(1, (2, 3)), (0, (30, 21)), (2, (1, 1)), (0, (40, 17)),
+                           (1, (4, 2)), (0, (9, 33)), (1, (1, 5)), (0, (28, 8))],
 }  # fmt: skip
 
 
@@ -73,15 +72,17 @@ def one_case(name: str, rank: int, world: int) -> dict:
 
     optimizer.step = recording
     prompts, groups, advantages = batch(policy, processor, rows)
-    metrics = train_step(policy, reference, optimizer, prompts[rank::world], groups[rank::world], advantages[rank::world],
-                         cfg, step=0)  # fmt: skip
+    own = prompts[rank::world], groups[rank::world], advantages[rank::world]
+    metrics = train_step(policy, reference, optimizer, *own, cfg, step=0)
     return dict(gradients=gradients, weights=[p.detach() for p in policy.parameters()], metrics=metrics,
                 micro_batches=sum(micro_batches))  # fmt: skip
 
 
 def reductions(rank: int) -> list:
     """A list of tensors of many shapes through small buckets: every sum, in place."""
-    tensors = [torch.full(shape, float(10 * i + rank + 1)) for i, shape in enumerate([(3,), (2, 2), (), (5,), (1, 1, 7)])]
+    tensors = [
+        torch.full(shape, float(10 * i + rank + 1)) for i, shape in enumerate([(3,), (2, 2), (), (5,), (1, 1, 7)])
+    ]
     reduce_gradients(tensors, bucket_bytes=20)
     return tensors
 
@@ -101,8 +102,8 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *arguments]  # fmt: skip
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen, seconds: float) -> tuple[str, str]:
@@ -142,7 +143,7 @@ def test_rule_06_ranks_do_not_change_the_gradient(two_ranks, one_rank, name):
     assert len(expected) == CASES[name][0].mini_batches and max(float(g.abs().max()) for g in expected[0]) > 0
     for own in two_ranks:
         assert len(own[name]["gradients"]) == len(expected)
-    # after the first update the weights differ by rounding, which Adam's first step magnifies: compare the first tightly
+    # after an update the weights differ by rounding, which Adam's first step magnifies: the first is compared tightly
     assert_close(two_ranks[0][name]["gradients"][0], expected[0])
     for a, b in zip(two_ranks[0][name]["gradients"][1:], expected[1:]):
         assert_close(a, b, tolerance=1e-2)
@@ -167,7 +168,7 @@ def test_metrics_are_those_of_one_rank(two_ranks, one_rank, name):
 
 def test_rule_16_ranks_run_the_same_number_of_micro_batches(two_ranks, one_rank):
     """The shares differ so much that without the extra ones the second rank would wait for a reduction for ever."""
-    for name, (cfg, rows) in CASES.items():
+    for name in CASES:
         assert two_ranks[0][name]["micro_batches"] == two_ranks[1][name]["micro_batches"], name
     policy, processor = new_policy()
     prompts, groups, _ = batch(policy, processor, "unequal")
@@ -192,9 +193,10 @@ def test_reductions_are_sums_whatever_the_buckets(two_ranks):
 
 # ---------------------------------------------------------------- whole runs of two ranks
 
-SMALL = ("demo", "--model", "random:tiny", "--limit", "8", "--val-data", "None", "--prompts-per-step", "4", "--group-size", "2",
-         "--max-completion-tokens", "6", "--max-pixels", "12544", "--token-budget", "200", "--kl", "k3", "--kl-coef", "0.1",
-         "--device", "cpu", "--lr", "1e-3")  # fmt: skip
+SMALL = (
+    "demo --model random:tiny --limit 8 --val-data None --prompts-per-step 4 --group-size 2 --max-completion-tokens 6 "
+    "--max-pixels 12544 --token-budget 200 --kl k3 --kl-coef 0.1 --device cpu --lr 1e-3"
+).split()
 START = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -213,6 +215,20 @@ train_grpo.main(tyro.extras.overridable_config_cli(train_grpo.PRESETS))
 """
 
 
+RAISE = """
+def here():
+    if RANK == 1 and len(calls) == 2:
+        open("raised", "w").close()
+        raise ArithmeticError("boiled over")
+"""
+TERMINATE = """
+def here():
+    if RANK == 1 and len(calls) == 2 and not os.path.exists("sent"):
+        open("sent", "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
 def script(folder: Path, name: str, here: str) -> str:
     """train_grpo.py with something that happens at the start of each update."""
     (folder / name).write_text(START.replace("{here}", here))
@@ -220,17 +236,14 @@ def script(folder: Path, name: str, here: str) -> str:
 
 
 def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text() if Path("/proc/self/status").exists() else True
+    """A process that has ended but was not yet collected by its parent does not count."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_rule_17_an_exception_on_one_rank_ends_all_of_them_with_its_traceback(tmp_path):
     """Raised by rank 1 in its second update, while rank 0 goes on into a reduction with it."""
-    here = "def here():\n    if RANK == 1 and len(calls) == 2:\n        open('raised', 'w').close()\n        raise ArithmeticError('boiled over')"
-    process = torchrun(tmp_path, script(tmp_path, "fails.py", here), *SMALL, "--steps", "50")
+    process = torchrun(tmp_path, script(tmp_path, "fails.py", RAISE), *SMALL, "--steps", "50")
     start = time.monotonic()
     while not (tmp_path / "raised").exists() and process.poll() is None and time.monotonic() - start < 200:
         time.sleep(0.1)
@@ -249,11 +262,10 @@ def metrics_of(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_rule_12_two_ranks_stop_together_and_resume_exactly(tmp_path):
-    """SIGTERM to rank 1 alone, in the second step: both end after it with exit status 0, and go on as if nothing was."""
+    """SIGTERM to rank 1 alone, in the second step: both end after it with status 0, and go on as if nothing was."""
     for folder in ("stopped", "whole"):
         (tmp_path / folder).mkdir()
-    here = "def here():\n    if RANK == 1 and len(calls) == 2 and not os.path.exists('sent'):\n        open('sent', 'w').close()\n        os.kill(os.getpid(), signal.SIGTERM)"
-    name = script(tmp_path / "stopped", "run.py", here)
+    name = script(tmp_path / "stopped", "run.py", TERMINATE)
     script(tmp_path / "whole", "run.py", "def here(): pass")
     for folder, resume, lines in (("stopped", (), 2), ("stopped", ("--resume",), 4), ("whole", (), 4)):
         process = torchrun(tmp_path / folder, name, *SMALL, "--steps", "4", *resume)

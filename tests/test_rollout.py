@@ -243,7 +243,9 @@ def test_finished_rows_leave_the_batch_and_nothing_else_changes(own, monkeypatch
     """Greedy, so that the text cannot depend on how many rows the generator draws for."""
     unpredictable(own.policy)
     words = ["red", "green square", "how many", "is it left of", "above", "count the circles in it", "where", "(A) yes"]
-    chosen = [make_prompt(own.processor, text, [(56, 28 * (1 + i % 3))] * (i % 2), seed=i) for i, text in enumerate(words * 2)]
+    chosen = [
+        make_prompt(own.processor, text, [(56, 28 * (1 + i % 3))] * (i % 2), seed=i) for i, text in enumerate(words * 2)
+    ]
     sizes, found = batches_seen(own.policy), {}
     for compact in (0.0, 0.75, 1.0):  # never, as shipped, at every ending
         monkeypatch.setattr(rollout_module, "COMPACT", compact)
