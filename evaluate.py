@@ -32,8 +32,10 @@ import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from data.dataset import (MAX_PIXELS, MIN_PIXELS, PROMPTS, BrokenPicture, build_prompt, decode_picture, encode,
-                          load_rows, read_template, sizes_or_error, to_resized_frame)  # fmt: skip
+from data.dataset import encode, load_rows, sizes_or_error
+from data.pictures import MAX_PIXELS, MIN_PIXELS, BrokenPicture, decode_picture
+from data.prompts import PROMPTS, build_prompt, read_template
+from data.rows import to_resized_frame
 from rewards import extract_answer, extract_choice, extract_scene, format_score, grade, is_valid_object, scene_metrics
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Policy, banned_ids, load_model, mrope_positions, stop_ids
+from model import Policy, banned_ids, load_model, mrope_positions, stop_ids, weights
 
 
 COMPACT = 0.75  # drop finished rows from the batch once so few are live: each drop copies the cache
@@ -46,6 +46,26 @@ def hf_rollout(source: str, *, processor: str | None = None, dtype: str = "auto"
     model, proc = load_model(source, processor=processor, dtype=getattr(torch, name), device=str(place))
     policy = Policy(model.eval(), banned_ids(proc, model))
     return HFRollout(policy, proc, max_sequences=max_sequences), proc
+
+
+def vllm_rollout(source: str, *, processor: str | None = None, dtype: str = "auto", device: str = "auto",
+                 max_prompt_tokens: int, max_tokens: int, max_sequences: int, max_images: int):  # fmt: skip
+    """The same with vLLM, awake, and alone on its GPU: (VLLMRollout, processor). Weights come through host memory.
+
+    Raises ValueError, one line, when vLLM is not there or `device` is not what it runs on."""
+    kind = vllm_kind()
+    if device not in ("auto", kind):
+        raise ValueError(f"--device {device}: the installed vLLM runs on {kind}, on a GPU the first of "
+                         "CUDA_VISIBLE_DEVICES: leave --device out")  # fmt: skip
+    name = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    model, proc = load_model(source, processor=processor, dtype=getattr(torch, name))
+    policy = Policy(model, banned_ids(proc, model))
+    rollout = VLLMRollout(
+        policy.config, proc, banned=policy.banned, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens,
+        dtype=name, memory=0.9, max_sequences=max_sequences, max_images=max_images,
+    )  # fmt: skip
+    rollout.wake(weights(policy, dtype=None))
+    return rollout, proc
 
 
 class KVCache:
@@ -198,9 +218,10 @@ def vllm_kind() -> str:
             found = importlib.metadata.version(name)
             if not found.startswith(VLLM_VERSION):
                 raise ValueError(f"{name} {found} is installed, this code was checked with {VLLM_VERSION}: install that, "
-                                 "or take --rollout hf")  # fmt: skip
+                                 "or take --rollout hf (evaluate.py: --provider hf)")  # fmt: skip
             return kind
-    raise ValueError(f"vLLM is not installed: pip install vllm=={VLLM_VERSION} on a GPU, or take --rollout hf")
+    raise ValueError(f"vLLM is not installed: pip install vllm=={VLLM_VERSION} on a GPU, or take --rollout hf "
+                     "(evaluate.py: --provider hf)")  # fmt: skip
 
 
 def choose_rollout(wanted: str, device: torch.device) -> str:

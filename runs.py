@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,7 @@ def open_run(folder: str | Path, config: Mapping, *, resume: bool, may_differ: C
         _refuse_used_folder(run)
         run.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(run)
-        _replace(saved_at, json.dumps({"config": config, **_provenance(run), "resumed": []}, indent=1).encode())
+        replace_file(saved_at, json.dumps({"config": config, **_provenance(run), "resumed": []}, indent=1).encode())
         return run
     if not saved_at.exists():
         raise FileNotFoundError(f"{run} holds no run to resume (no config.json): check --name, or leave out --resume")
@@ -80,7 +80,7 @@ def open_run(folder: str | Path, config: Mapping, *, resume: bool, may_differ: C
         print(f"resume: {key} was {a}, now {b}: the run goes on, but it may not be bit for bit the same", flush=True)
     saved["resumed"].append({"from_step": step, "changed": changed, **now})
     saved["config"] = config
-    _replace(saved_at, json.dumps(saved, indent=1).encode())
+    replace_file(saved_at, json.dumps(saved, indent=1).encode())
     return run
 
 
@@ -98,20 +98,25 @@ def _refuse_used_folder(run: Path) -> None:
 
 def _provenance(run: Path) -> dict:
     """Where numbers come from: date, command line, versions, GPU names, git commit; writes git.diff when dirty."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     git = ("git", "--no-optional-locks")
     commit, status = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "--porcelain", "--untracked-files=no")
     if status:
-        _replace(run / "git.diff", ((_output(*git, "diff", "HEAD") or "") + "\n").encode())
+        replace_file(run / "git.diff", ((_output(*git, "diff", "HEAD") or "") + "\n").encode())
     gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")  # asking torch would start CUDA here
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "argv": sys.argv,
-            "python": platform.python_version(), "versions": versions, "gpus": gpus.splitlines() if gpus else [],
+            "versions": versions(), "gpus": gpus.splitlines() if gpus else [],
             "world_size": int(os.environ.get("WORLD_SIZE", "1")), "git": {"commit": commit, "dirty": bool(status)}}
+
+
+def versions() -> dict[str, str]:
+    """Python and those of PACKAGES that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _output(*command: str) -> str | None:
@@ -124,8 +129,8 @@ def _output(*command: str) -> str | None:
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a whole file or leaves the old one: a reader never sees half of it."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a whole file or leaves the old one: a reader never sees half of it. OSError (one line) on a full disk."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as file:
@@ -145,7 +150,8 @@ class FullDisk(OSError):
 def _explained(error: Exception, path: Path, kept: str) -> OSError:
     """What to raise for an error while writing `path`: one line that says what is still there."""
     if _is_full(error, path.parent):
-        return FullDisk(f"{path} was not written, the disk is full; {kept}: free some space, then go on with --resume")
+        return FullDisk(f"{path} was not written, the disk is full; {kept}: free some space, then the same command "
+                        "goes on (training: with --resume)")
     return OSError(f"{path} was not written: {error}; {kept}")
 
 
@@ -170,7 +176,7 @@ def log_metrics(run: Path, step: int, metrics: Mapping[str, float]) -> None:
     if last is not None and step <= last:
         raise ValueError(f"{path} already holds step {last}: step {step} would repeat it (truncate_after on resume)")
     line = {"step": step} | {name: _number(value) for name, value in metrics.items()}
-    _append(path, [line])
+    append_lines(path, [line])
 
 
 def _number(value) -> float | int | None:
@@ -192,7 +198,7 @@ def log_samples(run: Path, step: int, records: list[dict]) -> None:
         if record.get("images"):
             line["images"] = [_picture_name(run, picture) for picture in record["images"]]
         lines.append(line)
-    _append(run / "samples.jsonl", lines)
+    append_lines(run / "samples.jsonl", lines)
 
 
 def _picture_name(run: Path, picture) -> str:
@@ -213,10 +219,16 @@ def _picture_name(run: Path, picture) -> str:
     return str(path.relative_to(run))
 
 
-def _append(path: Path, records: list[dict]) -> None:
+def json_lines(records: Iterable[dict]) -> bytes:
+    """A line a record; ValueError for a number that JSON has not (nan)."""
     # a lone surrogate cannot be UTF-8, but its backslash form is exactly JSON's own escape for it
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    data = memoryview(text.encode("utf-8", "backslashreplace"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+def append_lines(path: Path, records: Iterable[dict]) -> None:
+    """Appends a line a record to a JSONL file, all of them or none: OSError (one line) on a full disk."""
+    data = memoryview(json_lines(records))
     with open(path, "ab", buffering=0) as file:  # unbuffered: a line is with the kernel before the next step begins
         start = os.fstat(file.fileno()).st_size
         try:
@@ -245,6 +257,15 @@ def read_lines(path: str | Path) -> list[dict]:
     return records
 
 
+def cut_torn_line(path: Path) -> bool:
+    """Cuts off what stands after the last line break, a line that a crash broke off; True if there was any."""
+    whole = path.read_bytes().rfind(b"\n") + 1
+    torn = path.stat().st_size > whole
+    if torn:
+        os.truncate(path, whole)
+    return torn
+
+
 def _last_step(path: Path) -> int | None:
     """Step of the last whole line, reading only the end of the file."""
     if not path.exists():
@@ -265,7 +286,7 @@ def truncate_after(run: Path, step: int) -> int:
         if path.exists():
             lines = path.read_bytes().split(b"\n")[:-1]
             kept = [line for line, record in zip(lines, read_lines(path), strict=True) if record["step"] < step]
-            _replace(path, b"".join(line + b"\n" for line in kept))
+            replace_file(path, b"".join(line + b"\n" for line in kept))
             gone += len(lines) - len(kept)
     return gone
 
@@ -474,15 +495,17 @@ def check_shadowed_kernels() -> None:
 # what one sees while it runs
 
 class Progress:
-    """Progress of `total` steps on rank 0: a tqdm bar on a terminal, otherwise a line at most every `every` seconds."""
+    """Progress of `total` steps on rank 0: a tqdm bar on a terminal, otherwise a line at most every `every` seconds.
 
-    def __init__(self, total: int, *, start: int = 0, rank: int = 0, every: float = 5.0, file=None):
+    `unit` is what a step is called, `start` how many were done before."""
+
+    def __init__(self, total: int, *, start: int = 0, rank: int = 0, every: float = 5.0, unit: str = "step", file=None):
         import tqdm
-        self.interval = tqdm.tqdm.format_interval
+        self.interval, self.unit = tqdm.tqdm.format_interval, unit
         self.total, self.start, self.every, self.file = total, start, every, file or sys.stderr
         self.active, self.began, self.shown, self.bar = rank == 0, time.monotonic(), -math.inf, None
         if self.active and self.file.isatty():
-            self.bar = tqdm.tqdm(total=total, initial=start, unit="step", file=self.file, dynamic_ncols=True)
+            self.bar = tqdm.tqdm(total=total, initial=start, unit=unit, file=self.file, dynamic_ncols=True)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Says that `step` (0-based) is done, with the numbers given, say reward and accuracy."""
@@ -498,7 +521,8 @@ class Progress:
             return
         self.shown, pace = now, (now - self.began) / max(1, done - self.start)
         left = self.interval(pace * (self.total - done))
-        print(f"step {done}/{self.total}  {text}  {pace:.2f} s/step  {left} left", file=self.file, flush=True)
+        line = f"{self.unit} {done}/{self.total}  {text}  {pace:.2f} s/{self.unit}  {left} left"
+        print(line, file=self.file, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -551,7 +575,7 @@ def plot_reward(run: Path) -> Path | None:
     content = io.BytesIO()
     figure.savefig(content, dpi=120)
     pyplot.close(figure)
-    _replace(run / "reward.png", content.getvalue())
+    replace_file(run / "reward.png", content.getvalue())
     return run / "reward.png"
 
 

@@ -120,13 +120,13 @@ SPATIALTHINKER = Config(
 
 PRESETS = {
     "demo": (
-        "A small model and procedural scenes: minutes on two CPU cores.",
+        "The shipped model, careless about its answers, learns to trust its boxes: seven minutes on two CPU cores.",
         Config(
-            model="random:demo", data="scenes:demo@train", val_data="scenes:demo@val", limit=4096, val_limit=128,
+            model="assets/demo-model", data="scenes:demo@train", val_data="scenes:demo@val", limit=4096, val_limit=256,
             name="demo", style="short", min_pixels=784, max_pixels=448 * 448, max_prompt_tokens=512,
-            max_completion_tokens=160, prompts_per_step=16, mini_batches=1, reward_mode="corrected",
-            similarity="exact", kl="none", kl_coef=0.0, steps=40, lr=1e-4, val_every=20, save_every=20,
-            token_budget=8192,
+            max_completion_tokens=192, prompts_per_step=16, mini_batches=1, reward_mode="corrected",
+            similarity="exact", kl="none", kl_coef=0.0, steps=90, lr=3e-5, val_every=1000, save_every=30,
+            token_budget=8192, engine_memory=0.3,
         ),
     ),
     "spatialthinker-3b": (
@@ -434,7 +434,7 @@ def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> None:
     packed = pack_groups([prompt], groups, policy.config).to(policy.device)
     gaps = ranks.gather(float((policy(packed, temperature=1.0)[0] - packed.rollout_logp).abs().mean()))
     said = f"engine and trainer log-probs differ by {max(gaps):.4f} on average after level {rollout.level} sleep"
-    if max(gaps) <= cfg.max_gap:
+    if all(gap <= cfg.max_gap for gap in gaps):  # max() may step over a nan
         if int(os.environ.get("RANK", 0)) == 0:
             print(said)
         return

@@ -26,7 +26,8 @@ import ranks
 import rewards
 import scoring
 from data.dataset import encode, encode_rows, load_rows
-from data.scenes import response_text, scene_rows
+from data.responses import mistaken_letter, response_text
+from data.scenes import scene_rows
 from metrics import Clock
 from model import Packed, Policy, banned_ids, load_model, pack, reduce_gradients
 from optim import MasterOptimizer, learning_rate
@@ -139,17 +140,6 @@ def response_of(row: dict, cfg: Config) -> str:
         return rewards.solution_text(row)
     careless = random.Random(row["id"]).random() < cfg.careless
     return response_text(row, letter=mistaken_letter(row) if careless else row["gold"])
-
-
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-
-def mistaken_letter(row: dict) -> str:
-    """The one wrong option that a careless reader takes: the opposite direction, otherwise the next option."""
-    right = "ABCD".index(row["gold"])
-    opposite = OPPOSITE.get(row["options"][right])
-    wrong = row["options"].index(opposite) if opposite in row["options"] else (right + 1) % len(row["options"])
-    return "ABCD"[wrong]
 
 
 def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float) -> dict[str, float]:

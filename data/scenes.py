@@ -19,28 +19,16 @@ Three rules keep the world honest:
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    "red": (215, 45, 40), "green": (50, 165, 65), "blue": (45, 85, 215),
-    "yellow": (240, 220, 50), "purple": (145, 55, 185), "orange": (245, 140, 35),
-    "cyan": (60, 205, 215), "pink": (250, 150, 200), "white": (248, 248, 248), "black": (22, 22, 22),
-}  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-DIRECTIONS = ("left of", "right of", "above", "below")
-CONTACTS = ("overlapping", "touching", "apart from")
-CELLS = {  # parts of the picture, row by row, for a grid of 2 x 2 and of 3 x 3
-    2: ("top left", "top right", "bottom left", "bottom right"),
-    3: ("top left", "top center", "top right", "middle left", "center", "middle right",
-        "bottom left", "bottom center", "bottom right"),
-}  # fmt: skip
-CATEGORIES = ("relation", "size", "count", "existence", "instance_location")
+from data.drawing import CELLS, COLOURS, SHAPES, Box, Draw, all_sides_seen, clear_contact, direction, paint, shared
+from data.questions import PLANS, Plan
+from data.responses import response_text
+from data.rows import write_stvqa
 
 _DEMO = {
     "width": 112, "height": 112,
@@ -86,27 +74,6 @@ LEVELS: dict[str, dict] = {
     },
 }  # fmt: skip
 
-Box = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a scene must show. names: one an object, those that the question is about first.
-
-    sides() draws as many sides (pixels), again at each attempt to place them. holds(boxes): may the answer still become
-    right? asked after each object that is placed.
-    """
-
-    category: str
-    task: str
-    question: str
-    options: list[str]
-    gold: str
-    names: list[str]
-    relevant: list[int]
-    sides: Callable[[], list[int]]
-    holds: Callable[[list[Box]], bool] = lambda boxes: True
-
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -121,288 +88,6 @@ class Scene:
     relations: list[dict]
     gold_scene: dict
     plan: Plan
-
-
-class Draw:
-    """Integers from one seed: PCG64's raw 64-bit stream and nothing else (rule 3)."""
-
-    def __init__(self, seed: int):
-        self._bits = np.random.PCG64(seed)
-        self._pool: list[int] = []
-
-    def below(self, n: int) -> int:
-        """0 .. n-1, uniform to within n / 2**64."""
-        if not self._pool:
-            self._pool = self._bits.random_raw(32).tolist()
-        return (self._pool.pop() * n) >> 64
-
-    def between(self, low: int, high: int) -> int:
-        return low + self.below(high - low + 1)
-
-    def pick(self, items: Sequence):
-        return items[self.below(len(items))]
-
-    def sample(self, items: Sequence, n: int) -> list:
-        """n different items in random order."""
-        pool = list(items)
-        for i in range(n):
-            j = self.between(i, len(pool) - 1)
-            pool[i], pool[j] = pool[j], pool[i]
-        return pool[:n]
-
-    def noise(self, height: int, width: int, amplitude: int) -> np.ndarray:
-        """(height, width) int16 in -amplitude .. amplitude (at most 60, or the product below leaves int16)."""
-        raw = self._bits.random_raw(-(-height * width // 8)).astype("<u8").view(np.uint8)[: height * width]
-        return ((raw.astype(np.int16) * (2 * amplitude + 1) >> 8) - amplitude).reshape(height, width)
-
-
-# ---- geometry, from boxes alone --------------------------------------------------------------------------------------
-
-
-def centre(box: Sequence[int]) -> tuple[int, int]:
-    return (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
-
-
-def direction(a: Sequence[int], b: Sequence[int], margin: int = 1) -> str | None:
-    """Where a is with respect to b, along the axis on which the centres differ most; None within the margin."""
-    (ax, ay), (bx, by) = centre(a), centre(b)
-    dx, dy = ax - bx, ay - by
-    if abs(abs(dx) - abs(dy)) < margin:
-        return None
-    if abs(dx) > abs(dy):
-        return "left of" if dx < 0 else "right of"
-    return "above" if dy < 0 else "below"
-
-
-def shared(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
-    """Pixels that two boxes share along x and y; 0: they meet; negative: the gap."""
-    return min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-
-
-def contact(a: Sequence[int], b: Sequence[int]) -> str:
-    x, y = shared(a, b)
-    if x > 0 and y > 0:
-        return "overlapping"
-    return "touching" if min(x, y) == 0 and max(x, y) > 0 else "apart from"
-
-
-def cell(box: Sequence[int], width: int, height: int, grid: int, margin: int = 0) -> str | None:
-    """The part of the picture that holds the box's centre; None nearer than margin to an inner border."""
-    spots = []
-    for c, length in zip(centre(box), (width, height), strict=True):
-        if any(abs(c * grid - line * length) < margin * grid for line in range(1, grid)):
-            return None
-        spots.append(c * grid // length)
-    return CELLS[grid][spots[1] * grid + spots[0]]
-
-
-# ---- drawing ---------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def mask(shape: str, side: int) -> np.ndarray:
-    """(side, side) bool, touching all four borders. u and v are twice the distance from the middle, so integers."""
-    line = 2 * np.arange(side) + 1 - side
-    u, v = line[None, :], line[:, None]
-    if shape == "square":
-        drawn = np.ones((side, side), dtype=bool)
-    elif shape == "circle":
-        drawn = u * u + v * v <= side * side
-    elif shape == "ring":
-        drawn = (u * u + v * v <= side * side) & (4 * (u * u + v * v) >= side * side)
-    elif shape == "triangle":
-        drawn = 2 * np.abs(u) <= v + side + 1
-    elif shape == "diamond":
-        drawn = np.abs(u) + np.abs(v) <= side
-    elif shape == "cross":
-        drawn = (3 * np.abs(u) <= side) | (3 * np.abs(v) <= side)
-    else:
-        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    drawn.flags.writeable = False  # the cache hands the same array to everybody
-    return drawn
-
-
-@lru_cache(maxsize=4096)
-def pixels(shape: str, side: int) -> int:
-    return int(mask(shape, side).sum())
-
-
-def _paint(draw: Draw, names: list[str], boxes: list[Box], order: list[int], k: dict) -> np.ndarray:
-    height, width = k["height"], k["width"]
-    grey = draw.between(95, 160)
-    canvas = np.empty((height, width, 3), dtype=np.int16)
-    canvas[:] = [grey + draw.between(-8, 8) for _ in range(3)]
-    blotches = draw.noise(-(-height // 8), -(-width // 8), k["texture"])
-    canvas += np.repeat(np.repeat(blotches, 8, axis=0), 8, axis=1)[:height, :width, None]
-    for i in order:
-        colour, shape = names[i].split()
-        x1, y1, x2, y2 = boxes[i]
-        fill = [c + draw.between(-k["tint"], k["tint"]) for c in COLOURS[colour]]
-        canvas[y1:y2, x1:x2][mask(shape, x2 - x1)] = fill
-    canvas += draw.noise(height, width, k["noise"])[:, :, None]
-    return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
-
-
-def _all_sides_seen(names: list[str], boxes: list[Box], order: list[int], k: dict) -> bool:
-    """No object hides another's outermost pixels: the box of what is seen is the box of what was drawn."""
-    owner = np.full((k["height"], k["width"]), -1, dtype=np.int16)
-    for i in order:
-        x1, y1, x2, y2 = boxes[i]
-        owner[y1:y2, x1:x2][mask(names[i].split()[1], x2 - x1)] = i
-    for i, (x1, y1, x2, y2) in enumerate(boxes):
-        seen = owner[y1:y2, x1:x2] == i
-        if not (seen[0].any() and seen[-1].any() and seen[:, 0].any() and seen[:, -1].any()):
-            return False
-    return True
-
-
-def _clear_contact(names: Sequence[str], a: Box, b: Box, margin: int) -> str | None:
-    """contact(a, b) where the drawn pixels agree and nothing is a near tie, else None."""
-    kind, (x, y) = contact(a, b), shared(a, b)
-    if kind == "apart from":
-        return kind if -min(x, y) >= margin else None
-    if kind == "overlapping" and min(x, y) < margin:
-        return None
-    left, top = min(a[0], b[0]) - 1, min(a[1], b[1]) - 1  # a frame of one free pixel, for the neighbours
-    both = np.zeros((2, max(a[3], b[3]) - top + 1, max(a[2], b[2]) - left + 1), dtype=bool)
-    for layer, name, (x1, y1, x2, y2) in zip(both, names, (a, b), strict=True):
-        layer[y1 - top : y2 - top, x1 - left : x2 - left] = mask(name.split()[1], x2 - x1)
-    if kind == "overlapping":
-        return kind if (both[0] & both[1]).any() else None
-    near = both[0].copy()
-    for axis in (0, 1):
-        near |= np.roll(both[0], 1, axis) | np.roll(both[0], -1, axis)
-    return kind if (near & both[1]).any() else None
-
-
-# ---- questions: options, then the right one, then what the scene must show (rule 1) ---------------------------------
-
-
-def object_names(k: dict) -> list[str]:
-    return [f"{colour} {shape}" for colour in k["colours"] for shape in k["shapes"]]
-
-
-def plural(name: str) -> str:
-    return name + ("es" if name.endswith("ss") else "s")
-
-
-def _some(draw: Draw, k: dict, at_least: int) -> int:
-    return max(at_least, draw.between(*k["objects"]))
-
-
-def _sides(draw: Draw, k: dict, n: int) -> Callable[[], list[int]]:
-    return lambda: [draw.between(*k["side"]) for _ in range(n)]
-
-
-def _choose(draw: Draw, k: dict, category: str, pool: Sequence[str]) -> tuple[list[str], str]:
-    low, high = k["options"][category]
-    options = draw.sample(pool, min(draw.between(low, high), len(pool)))
-    return options, draw.pick(options)
-
-
-def _plan_relation(draw: Draw, k: dict) -> Plan:
-    asks_contact = draw.below(100) < k["contact"]
-    options, gold = _choose(draw, k, "relation", CONTACTS if asks_contact else DIRECTIONS)
-    names = draw.sample(object_names(k), _some(draw, k, 2))
-    a, b = names[:2]
-    if asks_contact:
-        listed = " or ".join([", ".join(options[:-1]), options[-1]])
-        question = f"Is the {a} {listed} the {b}?"
-
-        def holds(boxes: list[Box]) -> bool:
-            return len(boxes) != 2 or _clear_contact((a, b), *boxes, k["margin"]) == gold
-    else:
-        question = f"Where, mainly, is the {a} with respect to the {b}?"
-
-        def holds(boxes: list[Box]) -> bool:
-            return len(boxes) != 2 or direction(*boxes, k["margin"]) == gold
-
-    task = "contact" if asks_contact else "direction"
-    return Plan("relation", task, question, options, gold, names, [0, 1], _sides(draw, k, len(names)), holds)
-
-
-def _plan_size(draw: Draw, k: dict) -> Plan:
-    small = draw.below(100) < k["smallest"]
-    n_options = draw.between(*k["options"]["size"])
-    names = draw.sample(object_names(k), _some(draw, k, n_options))
-    options = draw.sample(names[:n_options], n_options)
-    gold = draw.pick(options)
-    if n_options == 2:
-        question = f"Which is {'smaller' if small else 'larger'}, the {names[0]} or the {names[1]}?"
-    else:
-        question = f"Which of these is the {'smallest' if small else 'largest'}?"
-    best, sign, draw_sides = names.index(gold), -1 if small else 1, _sides(draw, k, len(names))
-
-    def sides() -> list[int]:
-        for _ in range(5000):
-            drawn = draw_sides()
-            areas = [pixels(name.split()[1], side) for name, side in zip(names, drawn, strict=True)]
-            if all(
-                sign * (drawn[best] - drawn[i]) >= k["size_margin"] and sign * (areas[best] - areas[i]) > 0
-                for i in range(n_options)
-                if i != best
-            ):
-                return drawn
-        raise ValueError(f"knobs side={k['side']}, size_margin={k['size_margin']}: no clear winner; widen side")
-
-    task = "smallest" if small else "largest"
-    return Plan("size", task, question, options, gold, names, list(range(n_options)), sides)
-
-
-def _plan_count(draw: Draw, k: dict) -> Plan:
-    options, gold = _choose(draw, k, "count", [str(i) for i in range(1, k["count_max"] + 1)])
-    n, by = int(gold), draw.pick(k["count_by"])
-    asked = draw.pick(object_names(k))
-    colour, shape = asked.split()
-    matching = {
-        "name": [asked],
-        "colour": [f"{colour} {s}" for s in k["shapes"]],
-        "shape": [f"{c} {shape}" for c in k["colours"]],
-    }[by]
-    names = [draw.pick(matching) for _ in range(n)]
-    names += draw.sample([name for name in object_names(k) if name not in matching], _some(draw, k, n) - n)
-    what = {"name": plural(asked), "colour": f"{colour} shapes", "shape": plural(shape)}[by]
-    question = f"How many {what} are there?"
-    return Plan("count", f"count_{by}", question, options, gold, names, list(range(n)), _sides(draw, k, len(names)))
-
-
-def _plan_existence(draw: Draw, k: dict) -> Plan:
-    """The scene holds one or two objects of the asked shape in either case, and if there is room one of the colour."""
-    options, gold = _choose(draw, k, "existence", ("yes", "no"))
-    asked = draw.pick(object_names(k))
-    colour, shape = asked.split()
-    total, n_alike = _some(draw, k, 2), draw.between(1, 2)
-    others = [f"{c} {shape}" for c in k["colours"] if c != colour]
-    names = [asked] * (gold == "yes") + draw.sample(others, n_alike - (gold == "yes"))
-    rest = [name for name in object_names(k) if name.split()[1] != shape]
-    if total > n_alike:
-        names.append(draw.pick([name for name in rest if name.split()[0] == colour]))
-        rest.remove(names[-1])
-    names += draw.sample(rest, total - len(names))
-    question = f"Is there {'an' if colour[0] in 'aeiou' else 'a'} {asked}?"
-    return Plan("existence", "exists", question, options, gold, names, list(range(n_alike)), _sides(draw, k, total))
-
-
-def _plan_location(draw: Draw, k: dict) -> Plan:
-    options, gold = _choose(draw, k, "instance_location", CELLS[k["grid"]])
-    names = draw.sample(object_names(k), _some(draw, k, 1))
-    where = (k["width"], k["height"], k["grid"], k["grid_margin"])
-
-    def holds(boxes: list[Box]) -> bool:
-        return len(boxes) != 1 or cell(boxes[0], *where) == gold
-
-    question = f"In which part of the image is the {names[0]}?"
-    sides = _sides(draw, k, len(names))
-    return Plan("instance_location", f"grid_{k['grid']}", question, options, gold, names, [0], sides, holds)
-
-
-PLANS = {
-    "relation": _plan_relation,
-    "size": _plan_size,
-    "count": _plan_count,
-    "existence": _plan_existence,
-    "instance_location": _plan_location,
-}
 
 
 # ---- placing ---------------------------------------------------------------------------------------------------------
@@ -451,7 +136,7 @@ def _place(draw: Draw, plan: Plan, k: dict) -> tuple[list[Box], list[int]]:
     for _ in range(400):
         boxes = _layout(draw, plan, k)
         order = draw.sample(range(len(plan.names)), len(plan.names))
-        if boxes and (not k["overlap"] or _all_sides_seen(plan.names, boxes, order, k)):
+        if boxes and (not k["overlap"] or all_sides_seen(plan.names, boxes, order, k)):
             return boxes, order
     raise ValueError(
         f"knobs leave no room: {len(plan.names)} objects of side {k['side']} in {k['width']}x{k['height']} "
@@ -467,7 +152,7 @@ def draw_scene(seed: int, knobs: dict) -> Scene:
     draw = Draw(seed)
     plan = PLANS[draw.pick([c for c, weight in knobs["mix"].items() for _ in range(weight)])](draw, knobs)
     boxes, order = _place(draw, plan, knobs)
-    image = _paint(draw, plan.names, boxes, order, knobs)
+    image = paint(draw, plan.names, boxes, order, knobs)
 
     left_to_right = sorted(range(len(boxes)), key=lambda i: boxes[i])
     ids: dict[int, str] = {}
@@ -480,7 +165,7 @@ def draw_scene(seed: int, knobs: dict) -> Scene:
     for i in left_to_right:
         for j in left_to_right:
             pair = (plan.names[i], plan.names[j])
-            found = [direction(boxes[i], boxes[j], knobs["margin"]), _clear_contact(pair, boxes[i], boxes[j], 1)]
+            found = [direction(boxes[i], boxes[j], knobs["margin"]), clear_contact(pair, boxes[i], boxes[j], 1)]
             relations += [_triple(ids[i], p, ids[j]) for p in found if i != j and p not in (None, "apart from")]
 
     asked = plan.relevant if plan.category in ("relation", "size") else [i for i in left_to_right if i in plan.relevant]
@@ -506,8 +191,8 @@ def resolve_knobs(level: str = "demo", knobs: dict | None = None) -> dict:
     for name in given:
         if name not in _DEMO:
             raise ValueError(f"unknown knob {name!r}; known: {', '.join(_DEMO)}")
-        if isinstance(_DEMO[name], dict) and not set(given[name]) <= set(CATEGORIES):
-            raise ValueError(f"knob {name}={given[name]} names no known category; known: {', '.join(CATEGORIES)}")
+        if isinstance(_DEMO[name], dict) and not set(given[name]) <= set(PLANS):
+            raise ValueError(f"knob {name}={given[name]} names no known category; known: {', '.join(PLANS)}")
     k = json.loads(json.dumps(LEVELS[level] | given))  # a copy of one's own, and proof that it can be stored
     k["options"] = LEVELS[level]["options"] | k["options"]
     # A count question fills up with objects that are not of the asked shape, or not of the asked colour.
@@ -573,68 +258,6 @@ def scene_rows(
     return [_row(first + i, level, k) for i in range(n)]
 
 
-# ---- the gold response -----------------------------------------------------------------------------------------------
-
-
-def _compare(a: int, b: int) -> str:
-    return f"{a} {'<' if a < b else '>' if a > b else '='} {b} by {abs(a - b)}"
-
-
-def _derivation(row: dict) -> str:
-    """The steps from the gold boxes to the answer, as few words as possible."""
-    boxes = [o["bbox"] for o in row["scene"]["objects"]]
-    task = row["meta"]["task"]
-    if task == "direction":
-        (ax, ay), (bx, by) = centre(boxes[0]), centre(boxes[1])
-        return f"x {_compare(ax, bx)}; y {_compare(ay, by)}"
-    if task == "contact":
-        parts = zip("xy", shared(*boxes), strict=True)
-        return "; ".join(f"{axis} {'shared' if n >= 0 else 'gap'} {abs(n)}" for axis, n in parts)
-    if row["category"] == "size":
-        sides = [box[2] - box[0] for box in boxes]
-        return _compare(*sides) if len(sides) == 2 else ", ".join(map(str, sides))
-    if row["category"] == "count":
-        return ", ".join(str(i + 1) for i in range(len(boxes)))
-    if task == "exists":
-        asked = "_".join(row["question"].rstrip("?").split()[-2:])
-        return f"{sum(o['id'].startswith(asked + '.') for o in row['scene']['objects'])} found"
-    grid = row["meta"]["knobs"]["grid"]
-    columns, lines = {2: (("left", "right"), ("top", "bottom"))}.get(
-        grid, (("left", "center", "right"), ("top", "middle", "bottom"))
-    )
-    (x, y), (width, height) = centre(boxes[0]), row["size"]
-    return f"x {x} {columns[x * grid // width]}; y {y} {lines[y * grid // height]}"
-
-
-def _observation(row: dict) -> str:
-    if row["category"] == "count":
-        return "all " + row["question"].removeprefix("How many ").removesuffix(" are there?")
-    if row["category"] == "existence":
-        return "all " + plural(row["question"].rstrip("?").split()[-1])
-    return " and ".join("the " + o["id"].split(".")[0].replace("_", " ") for o in row["scene"]["objects"])
-
-
-def response_text(row: dict, *, observe: str | None = None, think: str | None = None, letter: str | None = None) -> str:
-    """The whole four-tag response to a procedural row, for a warm start: short text, gold scene, short derivation.
-
-    The derivation ends with the word it found and, glued to it, the option's letter ("so below(A) "): a small model
-    learns the look-up from word to letter far more easily where the two are neighbours. letter: a careless teacher's
-    answer, right or wrong; boxes and derivation stay right, the conclusion and the answer follow the letter.
-    Raises ValueError if there is no such option.
-    """
-    letter = letter or row["gold"]
-    if letter not in "ABCD"[: len(row["options"])]:
-        raise ValueError(f"row {row['id']} has no option {letter!r}: it has {len(row['options'])} options")
-    text = row["options"]["ABCD".index(letter)]
-    think = f"{_derivation(row)}; so {text}({letter}) " if think is None else think
-    return (
-        f"<observe>{_observation(row) if observe is None else observe}</observe>\n"
-        f"<scene>{json.dumps(row['scene'])}</scene>\n"
-        f"<think>{think}</think>\n"
-        f"<answer>({letter}) {text}</answer>"
-    )
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -688,8 +311,6 @@ def main() -> None:
         contact_sheet(scene_rows(12, seed=args.seed, level=args.level), args.show)
         print(f"wrote {args.show}")
     if args.out:
-        from data.dataset import write_stvqa  # here, because data.dataset itself reads "scenes@train" from this file
-
         args.out.mkdir(parents=True, exist_ok=True)
         for split, n in (("train", args.n), ("val", args.val)):
             if n:

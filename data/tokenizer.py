@@ -12,7 +12,7 @@ Any other text is spelled in bytes, so every string round-trips.
 How: one regular expression cuts the text, longest piece first, and each cut is looked up whole (BPE that ignores merges
 and has none), else spelled in bytes. A token so depends on its own few characters, never on scores or neighbours.
 
-The word lists are frozen here and not read from data.scenes: a new colour there must not renumber the vocabulary of
+The word lists are frozen here and not read from data/drawing.py: a new colour there must not renumber the vocabulary of
 weights that are already trained. Append, and train again.
 """
 

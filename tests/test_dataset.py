@@ -1,4 +1,4 @@
-"""data/dataset.py: schema, sources, frames, prompts, encoding, bad input.
+"""data/dataset.py, rows.py, prompts.py, pictures.py: schema, sources, frames, prompts, encoding, bad input.
 
     python -m pytest tests/test_dataset.py
 """
@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import dataset
-from data.dataset import (BrokenPicture, build_messages, build_prompt, encode, encode_rows, frame_size, load_rows,
-                          options_text, process_image, resized_size, stvqa_record, write_stvqa)
+from data.dataset import encode, encode_rows, expand, load_rows
+from data.pictures import BrokenPicture, decode_picture, frame_size, process_image, resized_size
+from data.prompts import PROMPTS, build_messages, build_prompt, options_text
+from data.rows import ROW_KEYS, clean_scene, stvqa_record, to_resized_frame, to_row, write_stvqa
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = Path(__file__).parent / "vectors" / "spatialthinker.jsonl"
@@ -160,7 +161,7 @@ def test_every_form_of_picture_is_read(tmp_path):
     for number, form in enumerate(forms):
         row, = load_rows(str(write_parquet(tmp_path / f"{number}.parquet", [stvqa(images=form)])))
         assert row["size"] == (100, 60), form
-        assert dataset.decode_picture(row["images"][0], row_id="x").tobytes() == picture().tobytes(), form
+        assert decode_picture(row["images"][0], row_id="x").tobytes() == picture().tobytes(), form
 
 
 def test_folder_file_and_split_find_the_same_rows(tmp_path, monkeypatch):
@@ -195,7 +196,7 @@ def test_hub_rows_load_with_a_broken_picture_among_them(monkeypatch):
     assert isinstance(rows[0]["images"][0], bytes)  # undecoded
     assert rows[1]["size"] == (100, 60)  # from the printed size, since the picture has none
     with pytest.raises(BrokenPicture, match="row 2331-1: picture of 13 bytes cannot be read"):
-        dataset.decode_picture(rows[1]["images"][0], row_id=rows[1]["id"])
+        decode_picture(rows[1]["images"][0], row_id=rows[1]["id"])
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
@@ -223,13 +224,13 @@ def test_own_rows_need_three_keys(tmp_path):
     assert number["images"] == [str(tmp_path / "sub" / "b.png")]
     assert (choice["id"], choice["kind"], choice["scene"], choice["style"]) == ("x", "choice", scene(), "short")
     assert (text["kind"], text["size"], text["images"], text["options"]) == ("text", None, [], [])
-    assert all(set(row) == set(dataset.ROW_KEYS) for row in (number, choice, text))
+    assert all(set(row) == set(ROW_KEYS) for row in (number, choice, text))
 
 
 def test_procedural_rows_come_from_data_scenes():
     pytest.importorskip("data.scenes")
     rows = load_rows("scenes@val", limit=3)
-    assert len({row["id"] for row in rows}) == 3 and all(set(dataset.ROW_KEYS) <= set(row) for row in rows)
+    assert len({row["id"] for row in rows}) == 3 and all(set(ROW_KEYS) <= set(row) for row in rows)
     assert not {row["id"] for row in rows} & {row["id"] for row in load_rows("scenes@train", limit=3)}
 
 
@@ -297,11 +298,11 @@ def test_any_value_anywhere_gives_a_row_or_one_value_error(ours, where, key, val
     if not ours and where:
         record["answer_option_text"] = gold(**graph)
     try:
-        row = dataset.to_row(record, folder=Path("."), index=0, source="s")
+        row = to_row(record, folder=Path("."), index=0, source="s")
     except ValueError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
     else:
-        assert set(row) == set(dataset.ROW_KEYS) and row["id"] and row["gold"]
+        assert set(row) == set(ROW_KEYS) and row["id"] and row["gold"]
         build_prompt({**row, "style": None}, "short")
 
 
@@ -393,7 +394,7 @@ def test_every_picture_mode_becomes_rgb():
     for image, colour in ((grey, (128,) * 3), (clear, (255,) * 3), (palette, (10, 20, 30)), (bits, (255,) * 3),
                           (ink, (255,) * 3)):
         data = image if image is ink else png(image)  # PNG knows no CMYK; a picture in memory is taken too
-        rgb = dataset.decode_picture(data, row_id="r")
+        rgb = decode_picture(data, row_id="r")
         assert (rgb.mode, rgb.getpixel((1, 1))) == ("RGB", colour), image.mode
 
 
@@ -402,7 +403,7 @@ def test_a_picture_that_cannot_be_used_is_named(tmp_path):
     for bad, words in ((str(tmp_path / "text.jpg"), "text.jpg"), (str(tmp_path / "gone.png"), "gone.png"),
                        (png(picture())[:3000], "3000 bytes"), (png(picture(401, 2)), "thinner than 1:200")):
         with pytest.raises(BrokenPicture, match="row q7: ") as error:
-            dataset.decode_picture(bad, row_id="q7")
+            decode_picture(bad, row_id="q7")
         assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -429,7 +430,7 @@ def test_the_resized_frame_moves_size_scene_and_printed_size_together(tmp_path, 
 def test_a_thin_box_keeps_an_area_in_the_resized_frame():
     wire = {"objects": [{"id": "wire.1", "bbox": [10, 10, 11, 2000]}], "relationships": []}
     row = make_row(size=(4000, 3000), scene=wire)
-    box, = [o["bbox"] for o in dataset.to_resized_frame(row, factor=28, **SMALL)["scene"]["objects"]]
+    box, = [o["bbox"] for o in to_resized_frame(row, factor=28, **SMALL)["scene"]["objects"]]
     assert box[0] < box[2] and box[1] < box[3]
 
 
@@ -441,7 +442,7 @@ def test_options_are_lettered():
 
 def test_every_style_asks_the_question_with_its_options():
     lettered = "Where is the man?\nOptions:\n(A) left\n(B) right"
-    for style in dataset.PROMPTS:
+    for style in PROMPTS:
         text = build_prompt(make_row(), style)
         assert (lettered.replace("\n(", " (") if style == "short" else lettered) in text, style
         assert "{question}" not in text and "{width}" not in text and text == text.strip(), style
@@ -461,10 +462,10 @@ def test_the_spatialthinker_prompt_has_the_published_structure():
 
 def test_the_example_in_the_prompt_earns_the_full_format_reward():
     rewards = pytest.importorskip("rewards")
-    example = dataset.PROMPTS["spatialthinker"].partition("An example:")[2].partition("Image size:")[0]
+    example = PROMPTS["spatialthinker"].partition("An example:")[2].partition("Image size:")[0]
     answer = example[example.index("<observe>"):].strip()
     example_scene = rewards.extract_scene(answer)
-    assert dataset.clean_scene(example_scene, None) == example_scene and len(example_scene["objects"]) == 2
+    assert clean_scene(example_scene, None) == example_scene and len(example_scene["objects"]) == 2
     row = make_row(scene=example_scene, options=["left", "right"], gold="B")
     parts = rewards.spatialthinker_reward(answer, rewards.solution_text(row), (640, 480))
     assert parts["format"] == parts["accuracy"] == 1.0
@@ -495,7 +496,7 @@ def test_wrong_styles_are_named(tmp_path):
 
 def reference(row, processor, style):
     """What Hugging Face's own processor makes of the same pictures and messages."""
-    images = [process_image(dataset.decode_picture(p, row_id="x"), **SMALL) for p in row["images"]]
+    images = [process_image(decode_picture(p, row_id="x"), **SMALL) for p in row["images"]]
     text = processor.apply_chat_template(build_messages(row, style), tokenize=False, add_generation_prompt=True)
     return processor(images=images or None, text=[text], return_tensors="pt")
 
@@ -533,7 +534,7 @@ def test_special_tokens_in_a_question_stay_letters(processor):
 
 def test_a_chat_template_without_pictures_is_refused(processor):
     with pytest.raises(ValueError, match="row r0: 0 picture placeholders for 1 pictures"):
-        dataset.expand([1, 2, 3], [4], processor.image_token_id, row_id="r0")
+        expand([1, 2, 3], [4], processor.image_token_id, row_id="r0")
 
 
 def test_overlong_and_broken_rows_are_dropped_and_counted(processor, capsys):
@@ -578,7 +579,7 @@ def test_written_rows_read_back_equal(tmp_path):
         assert after["id"] == f"{i}-{i}" and after["size"] == (100, 60)
         for key in ("question", "options", "gold", "scene", "category", "kind"):
             assert after[key] == before[key], key
-        assert dataset.decode_picture(after["images"][0], row_id="x").tobytes() == before["images"][0].tobytes()
+        assert decode_picture(after["images"][0], row_id="x").tobytes() == before["images"][0].tobytes()
         assert build_messages(after, "row") == build_messages(before, "spatialthinker")
 
 

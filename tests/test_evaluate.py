@@ -17,7 +17,8 @@ from PIL import Image
 
 import evaluate
 import rollout
-from data.scenes import response_text, scene_row, scene_rows
+from data.responses import response_text
+from data.scenes import scene_row, scene_rows
 from evaluate import Config
 from rollout import Completion
 

@@ -137,7 +137,7 @@ def run_all(folder: Path, jobs: list[tuple[str, str, tuple]]) -> None:
         (folder / name).mkdir()
         (folder / name / "reward.py").write_text(REWARD)
     sent = [(str(folder / name), phase, SETTINGS + arguments) for name, phase, arguments in jobs]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run([sys.executable, "parent.py"], cwd=folder, env=environment, input=json.dumps(sent), text=True,
                           capture_output=True, timeout=900)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -230,4 +230,3 @@ def test_rule_12_with_vllm_a_run_killed_in_every_phase_takes_the_same_rows_and_s
     assert counts and all(ours[path] == theirs[path] == 2 * STEPS for path in counts), "optimiser steps"
     sampled = [[(line["step"], line["id"]) for line in lines(r / "samples.jsonl")] for r in (run, whole)]
     assert sampled[0] == sampled[1] and len(sampled[0]) == 4 * 2 * STEPS
-    print("bit for bit:", metrics_of(run) == metrics_of(whole))

@@ -132,9 +132,9 @@ def test_rule_02_one_dimensional_positions_would_show(tiny, prompts):
     flat = copy.copy(packed)
     flat.positions = packed.positions[:1].expand(3, -1).contiguous()
     logp = tiny.policy(packed)[0]
-    assert (logp - tiny.policy(flat)[0]).abs().max() > 0.01
+    assert (logp - tiny.policy(flat)[0]).abs().max() > 100 * TOLERANCE
     wrong, _ = plain_logp(plain_model(tiny.policy), tiny.policy.banned, chosen, groups, token_types=False)
-    assert (logp - wrong).abs().max() > 0.01
+    assert (logp - wrong).abs().max() > 100 * TOLERANCE
 
 
 # ---------------------------------------------------------------- packed = padded
@@ -343,9 +343,8 @@ def bytes_kept(policy, packed) -> int:
 
 def test_checkpointing_keeps_less_and_computes_the_same(own, prompts):
     packed = pack_groups([prompts["one"]], [make_group(own.policy, (9, 5))], own.config)
-    own.policy.train()
     plain, kept = gradients(own.policy, some_loss(*own.policy(packed))), bytes_kept(own.policy, packed)
-    own.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own.policy.checkpoint_activations()
     again = gradients(own.policy, some_loss(*own.policy(packed)))
     for name, g in plain.items():
         torch.testing.assert_close(again[name], g, rtol=1e-5, atol=1e-6)

@@ -155,8 +155,8 @@ ELSEWHERE = {
     "math_compute_score": "the fork's reward for mathematics (2.5), which SpatialThinker does not use: left out",
     "evals.grade_sample": "test_evaluation_vectors", "evals.process_response": "test_evaluation_vectors",
     "evals.extract_answer": "test_evaluation_vectors",
-    "evals.format_instruction": "prompts: data/dataset.py", "evals.build_instruction": "prompts: data/dataset.py",
-    "loader.process_image_size": "data/dataset.py", "loader.build_messages": "data/dataset.py",
+    "evals.format_instruction": "data/prompts.py", "evals.build_instruction": "data/prompts.py",
+    "loader.process_image_size": "data/pictures.py", "loader.build_messages": "data/prompts.py",
     "algo.grpo_advantage": "train_grpo.py", "algo.compute_kl": "train_grpo.py", "algo.policy_loss": "train_grpo.py",
     "algo.response_mask": "train_grpo.py", "algo.lr_multiplier": "optim.py",
     **{f"data_gen.{name}": "data/generate_stvqa.py, a later issue" for name in (

@@ -1,7 +1,6 @@
 """rollout.py: HFRollout against full forward passes, and against the trainer's log-probs."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from conftest import make_prompt
 
 import rollout as rollout_module
 from model import pack_groups, stop_ids, weights
-from rollout import Completion, HFRollout, sample
+from rollout import HFRollout, sample
 
 TOLERANCE = 1e-5
 
@@ -39,12 +38,12 @@ def next_logits_by_full_forward(policy, prompt, token_ids):
     return out.logits[0, -1].masked_fill(policy.banned, float("-inf"))
 
 
-def unpredictable(policy, seed: int = 9) -> None:
+def unpredictable(policy, seed: int = 9, *, ends: bool = True) -> None:
     """Large embeddings and a head of its own: what comes next hangs on the last word, and no word repeats for ever.
 
-    The head's row of the end token is three times as large, so that it ends completions here and there."""
+    The head's row of the end token is three times as large, so that it ends completions here and there, or zero."""
     head = torch.randn(policy.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.3
-    head[policy.model.config.text_config.eos_token_id] *= 3
+    head[policy.model.config.text_config.eos_token_id] *= 3 if ends else 0
     policy.model.lm_head.weight = torch.nn.Parameter(head)
     with torch.no_grad():
         policy.language.embed_tokens.weight *= 5
@@ -55,7 +54,7 @@ def unpredictable(policy, seed: int = 9) -> None:
 
 @pytest.mark.parametrize("name", ["text", "one", "several"])
 def test_greedy_is_the_argmax_of_full_forward_passes(own, prompts, name):
-    unpredictable(own.policy)
+    unpredictable(own.policy, ends=False)
     ((completion,),) = generate(own, [prompts[name]], n=1, max_tokens=8, temperature=0)
     assert len(set(completion.token_ids)) >= 3, "a model that repeats itself tests little"
     for t, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs)):
@@ -66,7 +65,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes(own, prompts, name):
 
 def test_the_batch_a_prompt_is_in_does_not_matter(own, prompts):
     """Left padding: alone, or beside longer prompts with pictures."""
-    unpredictable(own.policy)
+    unpredictable(own.policy, ends=False)
     together = generate(own, list(prompts.values()), n=1, temperature=0)
     for prompt, (beside,) in zip(prompts.values(), together):
         ((alone,),) = generate(own, [prompt], n=1, temperature=0)
@@ -75,7 +74,7 @@ def test_the_batch_a_prompt_is_in_does_not_matter(own, prompts):
 
 
 def test_max_sequences_splits_the_batch_and_keeps_the_order(own, prompts):
-    unpredictable(own.policy)
+    unpredictable(own.policy, ends=False)
     names = ["one", "text", "several", "text", "one"]
     whole = generate(own, [prompts[n] for n in names], n=2, temperature=0)
     split = generate(own, [prompts[n] for n in names], n=2, temperature=0, max_sequences=2)
@@ -126,7 +125,7 @@ def test_rule_04_engine_and_trainer_agree_on_every_log_prob(tiny, prompts, tempe
     chosen = list(prompts.values())
     groups = generate(tiny, chosen, n=4, temperature=temperature)
     assert trainer_gap(tiny.policy, chosen, groups, temperature) < TOLERANCE
-    assert trainer_gap(tiny.policy, chosen, groups, temperature=1.7 - temperature) > 0.01  # the other one is far off
+    assert trainer_gap(tiny.policy, chosen, groups, temperature=1.7 - temperature) > 100 * TOLERANCE  # the other one
 
 
 def test_rule_04_greedy_log_probs_are_those_at_temperature_1(tiny, prompts):
@@ -291,14 +290,9 @@ def test_wake_uses_the_policy_as_it_is_now(own, prompts):
 def test_activation_checkpointing_does_not_take_the_cache_away(own, prompts, training):
     """transformers drops the cache in training mode with checkpointing on: the rollout must not depend on it."""
     expected = generate(own, [prompts["one"], prompts["text"]])
-    own.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own.policy.checkpoint_activations()
     own.policy.train(training)
     assert generate(own, [prompts["one"], prompts["text"]]) == expected
-
-
-def test_a_completion_is_a_plain_record():
-    c = Completion([1], [-0.5], "x", True)
-    assert replace(c, finished=False) == Completion([1], [-0.5], "x", False)
 
 
 def test_generating_keeps_no_graph(own):

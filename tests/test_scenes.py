@@ -16,17 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from data.scenes import (
-    COLOURS,
-    LEVELS,
-    SHAPES,
-    draw_scene,
-    mask,
-    resolve_knobs,
-    response_text,
-    scene_row,
-    scene_rows,
-)
+from data.drawing import COLOURS, SHAPES, mask
+from data.responses import response_text
+from data.scenes import LEVELS, draw_scene, resolve_knobs, scene_row, scene_rows
 from rewards import solution_text, spatialthinker_reward
 
 ROOT = Path(__file__).parents[1]

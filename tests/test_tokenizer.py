@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import scenes
-from data.dataset import build_messages
+from data import drawing, questions, scenes
+from data.prompts import build_messages
+from data.responses import response_text
 from data.tokenizer import SPECIAL, build_processor, byte_alphabet, pieces, vocabulary
 
 FOLDER = Path(__file__).parents[1] / "assets" / "demo-model"
@@ -59,7 +60,7 @@ def test_awkward_text_comes_back_exactly(tokenizer, text):
 
 
 def test_skipping_special_tokens_keeps_the_tags(tokenizer):
-    text = scenes.response_text(scenes.scene_row(1))
+    text = response_text(scenes.scene_row(1))
     ids = tokenizer(text + "<|im_end|>\n<|endoftext|>")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text + "\n"
 
@@ -67,7 +68,7 @@ def test_skipping_special_tokens_keeps_the_tags(tokenizer):
 def test_a_token_does_not_depend_on_its_neighbours(tokenizer):
     """Tokens of a response are those of its lines, so prompt and response may be encoded apart."""
     for row in scenes.scene_rows(50, level="hard"):
-        text = scenes.response_text(row)
+        text = response_text(row)
         whole = tokenizer(text)["input_ids"]
         assert whole == [i for line in text.splitlines(keepends=True) for i in tokenizer(line)["input_ids"]]
         assert tokenizer("assistant\n" + text)["input_ids"] == tokenizer("assistant\n")["input_ids"] + whole
@@ -98,12 +99,12 @@ def test_tags_letters_and_json_pieces_are_single_tokens(tokenizer):
 @pytest.mark.parametrize("level", list(scenes.LEVELS))
 def test_every_word_of_the_world_is_a_single_token(tokenizer, level):
     """No word of a question, an option or a response is spelled in bytes, and names and relations are one token."""
-    names = scenes.object_names(scenes.LEVELS[level])
-    phrases = [*scenes.DIRECTIONS, *scenes.CONTACTS, *scenes.CELLS[2], *scenes.CELLS[3]]
-    for text in (*names, *(" " + n for n in names), *(" " + scenes.plural(n) for n in names), *phrases):
+    names = questions.object_names(scenes.LEVELS[level])
+    phrases = [*drawing.DIRECTIONS, *drawing.CONTACTS, *drawing.CELLS[2], *drawing.CELLS[3]]
+    for text in (*names, *(" " + n for n in names), *(" " + questions.plural(n) for n in names), *phrases):
         assert len(tokenizer(text)["input_ids"]) == 1, text
     for row in scenes.scene_rows(150, level=level):
-        for text in (row["question"], *row["options"], scenes.response_text(row)):
+        for text in (row["question"], *row["options"], response_text(row)):
             assert not [c for c in cuts(tokenizer, text) if len(c) == 1 and c.isalpha()], text
 
 
@@ -114,7 +115,7 @@ def test_option_text_is_the_same_tokens_in_prompt_derivation_and_answer(tokenize
         letters = [tokenizer(f"({c}) ")["input_ids"] for c in "ABCD"]
         i = "ABCD".index(row["gold"])
         inline = " ".join(f"({c}) {o}" for c, o in zip("ABCD", row["options"], strict=False))
-        response = scenes.response_text(row)
+        response = response_text(row)
         for text, wanted in (
             (inline, letters[i] + options[i]),
             (inline.replace(" (", "\n("), letters[i] + options[i]),
@@ -128,7 +129,7 @@ def test_option_text_is_the_same_tokens_in_prompt_derivation_and_answer(tokenize
 def test_two_objects_fit_into_ninety_tokens(processor, tokenizer):
     lengths, prompts = [], []
     for row in scenes.scene_rows(200, split="val"):
-        response = len(tokenizer(scenes.response_text(row))["input_ids"])
+        response = len(tokenizer(response_text(row))["input_ids"])
         lengths.append(response)
         assert response <= 90, row["id"]
         chat = processor.apply_chat_template(build_messages(row, "short"), tokenize=False, add_generation_prompt=True)
@@ -195,6 +196,6 @@ def test_it_loads_beside_a_qwen_config(processor, tmp_path):
 
     processor.save_pretrained(tmp_path)
     Qwen2_5_VLConfig().save_pretrained(tmp_path)
-    text = scenes.response_text(scenes.scene_row(5))
+    text = response_text(scenes.scene_row(5))
     for loaded in (AutoTokenizer.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path).tokenizer):
         assert loaded(text)["input_ids"] == processor.tokenizer(text)["input_ids"]

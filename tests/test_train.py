@@ -434,7 +434,8 @@ def test_rule_13_evaluation_scores_with_the_graders_of_the_rewards():
     """Training's accuracy in corrected mode is evaluation's verdict, whatever dress the answer has."""
     import evaluate
     import rewards
-    from data.scenes import response_text, scene_rows
+    from data.responses import response_text
+    from data.scenes import scene_rows
 
     assert evaluate.grade is rewards.grade
     differ = []
