@@ -2,6 +2,7 @@
 
     python evaluate.py --model runs/demo/step_40 --dataset scenes:demo@val --limit 256
     python evaluate.py --model runs/demo/step_40 --dataset scenes:demo@val --limit 256 --control blind
+    python evaluate.py --model runs/big/step_75 --dataset OX-PIXL/STVQA-7K@val --provider vllm --batch 256
     python evaluate.py --regrade evaluations/scenes-demo-val_demo-step_40/transcripts.jsonl
     python evaluate.py --model runs/demo/step_40 --image photo.jpg --question "Where is the cup?" --options left right
 
@@ -14,28 +15,25 @@ accuracy means something only above its controls.
 
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
+import runs
 from data.dataset import encode, load_rows, sizes_or_error
-from data.pictures import MAX_PIXELS, MIN_PIXELS, BrokenPicture, decode_picture
+from data.pictures import FACTOR, MAX_PIXELS, MIN_PIXELS, BrokenPicture, decode_picture
 from data.prompts import PROMPTS, build_prompt, read_template
-from data.rows import to_resized_frame
+from data.rows import to_resized_frame, to_row
 from rewards import extract_answer, extract_choice, extract_scene, format_score, grade, is_valid_object, scene_metrics
 
 
@@ -45,7 +43,7 @@ class Config:
     dataset: str = "scenes:demo@val"  # hub id, folder, .parquet, .jsonl, name@split, or scenes:LEVEL@val
     limit: int | None = None  # first rows only (how many to draw, for scenes)
     control: str = "none"  # none; blind: no picture; swapped: another row's picture, the text as it was
-    provider: str = "hf"  # who answers: hf
+    provider: str = "hf"  # who answers: hf, or vllm (fast on a GPU, with a batch of hundreds)
     out: str | None = None  # folder; default evaluations/DATASET_MODEL, and _CONTROL
     batch: int = 16  # rows asked side by side; a kill loses at most these
 
@@ -53,7 +51,7 @@ class Config:
     dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
     device: str = "auto"
 
-    # None takes what the checkpoint was trained with (its run's config.json), else what stands last.
+    # None takes what the checkpoint was trained with (its prompting.json), else what stands last.
     style: str | None = None  # prompt style or file, see train_grpo.py; left out: as trained, else spatialthinker
     box_frame: str | None = None  # original or resized; left out: as trained, else original
     min_pixels: int | None = None  # pictures are resized into this range first; left out: as trained, else 512 * 512
@@ -79,46 +77,54 @@ def main(cfg: Config) -> None:
         evaluate(with_trained_settings(cfg))
 
 
+CHOICES = {
+    "provider": ("hf", "vllm"),
+    "control": ("none", "blind", "swapped"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+
+
 def check_config(cfg: Config) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
-    if cfg.provider != "hf":
-        raise ValueError(f"--provider {cfg.provider}: unknown, there is only hf")
-    if cfg.control not in ("none", "blind", "swapped"):
-        raise ValueError(f"--control {cfg.control}: unknown, choose none, blind or swapped")
-    if cfg.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype {cfg.dtype}: auto, float32 or bfloat16")
+    for flag, known in CHOICES.items():
+        if getattr(cfg, flag) not in known:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)}: unknown, choose {', '.join(known[:-1])} or {known[-1]}")
+    for flag in ("batch", "limit", "max_tokens", "max_prompt_tokens"):
+        value = getattr(cfg, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: give 1 or more")
+    if cfg.temperature < 0:
+        raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {cfg.device}: no NVIDIA GPU here; leave --device out")
-    if cfg.batch < 1 or (cfg.limit is not None and cfg.limit < 1) or cfg.temperature < 0:
-        raise ValueError("--batch and --limit must be 1 or more, --temperature 0 or more")
-    if cfg.max_tokens is not None and cfg.max_tokens < 1:
-        raise ValueError(f"--max-tokens {cfg.max_tokens}: an answer needs at least 1")
     if not cfg.regrade and not cfg.model:
         raise ValueError("--model is missing: give a checkpoint folder, a hub id, or random:tiny")
     if cfg.image and not cfg.question:
         raise ValueError('--image needs --question "..."')
     if cfg.image and not Path(cfg.image).is_file():
         raise FileNotFoundError(f"--image {cfg.image}: no such file")
-    if cfg.image and len(cfg.options) not in (0, *range(2, 27)):
-        raise ValueError("--options: give 2 to 26 of them, or none for an open question")
+
+
+PROMPTING = "prompting.json"  # what train_grpo.py saves in every checkpoint: how it was asked
+DEFAULTS = {"style": "spatialthinker", "box_frame": "original", "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS,
+            "max_tokens": 2048}  # fmt: skip
 
 
 def with_trained_settings(cfg: Config) -> Config:
-    """The settings left out, from the run that made the checkpoint: another prompt, frame of boxes or size of pictures
-    than it was trained on would be scored as errors of the model."""
-    defaults = dict(style="spatialthinker", box_frame="original", min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS,
-                    max_tokens=2048)  # fmt: skip
-    file, trained = Path(cfg.model).parent / "config.json", {}
-    if Path(cfg.model).is_dir() and file.is_file():
-        trained = json.loads(file.read_text(encoding="utf-8"))
-        trained = trained.get("config") if isinstance(trained, dict) else None
-        trained = trained if isinstance(trained, dict) else {}  # some other config.json
-        trained = {**trained, "max_tokens": trained.get("max_completion_tokens")}
-    found = {key: trained[key] for key in defaults if getattr(cfg, key) is None and trained.get(key) is not None}
-    if found:
-        print(f"as trained ({file}): " + ", ".join(f"{key} {value}" for key, value in found.items()))
-    given = {key: getattr(cfg, key) for key in defaults if getattr(cfg, key) is not None}
-    return replace(cfg, **{**defaults, **found, **given})
+    """The settings left out, as the checkpoint was trained: another prompt, frame of boxes or size of pictures would be
+    scored as errors of the model."""
+    left_out = {key: value for key, value in DEFAULTS.items() if getattr(cfg, key) is None}
+    file = Path(cfg.model) / PROMPTING
+    if left_out and file.is_file():
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            saved["max_tokens"] = saved.pop("max_completion_tokens")
+            left_out = {key: saved[key] for key in left_out}
+        except (ValueError, TypeError, AttributeError, KeyError):
+            cure = "delete it, and give --style, --box-frame, --min-pixels, --max-pixels and --max-tokens"
+            raise ValueError(f"{file}: not what train_grpo.py saves there: {cure}") from None
+        print(f"as trained ({file}): " + ", ".join(f"{key} {value}" for key, value in left_out.items()))
+    return replace(cfg, **left_out)
 
 
 # ---------------------------------------------------------------- a dataset
@@ -129,14 +135,15 @@ def evaluate(cfg: Config) -> dict:
     rows = load_rows(cfg.dataset, limit=cfg.limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels,
                      max_pixels=cfg.max_pixels)  # fmt: skip
     cfg = with_worded_style(cfg, rows)
-    out, settings = Path(cfg.out or default_out(cfg)), identity(cfg, rows)
-    check_settings(out, settings)  # before a model is loaded, and for nothing
-    done = {record["id"] for record in read_transcripts(out / "transcripts.jsonl")[0]}
-    answer = None if all(row["id"] in done for row in rows) else open_provider(cfg)
-    with opened(out, cfg, settings, rows=len(rows)) as (file, records):
+    path, settings = Path(cfg.out or default_out(cfg)) / "transcripts.jsonl", identity(cfg, rows)
+    check_settings(path, settings)  # before a model is loaded, and for nothing
+    done = {record["id"] for record in read_transcripts(path)}
+    answer = None if all(row["id"] in done for row in rows) else open_provider(cfg, rows)
+    with locked(path):
+        records = begin(path, cfg, settings, rows=len(rows))
         if answer is not None:
-            answer_rows(cfg, rows, answer, file, records)
-        return report(out / "transcripts.jsonl", records, title=f"{cfg.dataset}, {cfg.model}, control {cfg.control}")
+            answer_rows(cfg, rows, answer, path, records)
+        return report(path, records, title=f"{cfg.dataset}, {cfg.model}, control {cfg.control}")
 
 
 def with_worded_style(cfg: Config, rows: list[dict]) -> Config:
@@ -148,12 +155,13 @@ def with_worded_style(cfg: Config, rows: list[dict]) -> Config:
     return replace(cfg, style="spatialthinker")
 
 
-def answer_rows(cfg: Config, rows: list[dict], answer: "Answerer", file: BinaryIO, records: list[dict]) -> None:
-    """Asks batch by batch and appends to `file` and `records`. Batches are cut from the whole list, answered or not: a
-    batch of which some lines are missing is asked again whole, so that a resumed file is the one of an unbroken run."""
+def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, records: list[dict]) -> None:
+    """Asks batch by batch and appends to `path` and `records`. Batches are cut from the whole list, answered or not: a
+    batch of which some lines are missing is asked again whole, so that a resumed file is the one of an unbroken run
+    (with vLLM on a GPU: up to rounding, which hangs on what its caches hold)."""
     done = {record["id"] for record in records}
     donors = swapped_pictures(rows, cfg.seed) if cfg.control == "swapped" else {}
-    progress = Progress(len(rows), start=len(done))
+    progress = runs.Progress(len(rows), start=len(done), unit="row")
     for start in range(0, len(rows), cfg.batch):
         batch = rows[start : start + cfg.batch]
         if all(row["id"] in done for row in batch):
@@ -165,9 +173,10 @@ def answer_rows(cfg: Config, rows: list[dict], answer: "Answerer", file: BinaryI
             transcript(cfg, row, reply, donors.get(row["id"]))
             for row, reply in zip(batch, replies, strict=True) if row["id"] not in done
         ]  # fmt: skip
-        append(file, new)
+        runs.append_lines(path, new)
         records += new
-        progress.show(len(records), accuracy(records)["accuracy"])
+        seen = accuracy(records)
+        progress.show(len(records) - 1, {"accuracy": seen["accuracy"]} if seen["n"] else {})
     progress.close()
 
 
@@ -239,51 +248,46 @@ def picture_key(row: dict, seed: int) -> str:
 
 # ---------------------------------------------------------------- who answers
 
-# Rows and a seed in; for each row {"text", "finished", "tokens"} out, or {"skipped": why}.
-Answerer = Callable[[list[dict], int], list[dict]]
+
+def open_provider(cfg: Config, rows: list[dict]) -> Callable[[list[dict], int], list[dict]]:
+    """The function that answers: rows and a seed in; for each row {"text", "finished", "tokens"} out, or {"skipped":
+    why}. A checkpoint answers in this process, through the rollout that training samples with."""
+    runs.check_shadowed_kernels()  # before transformers is imported
+    from rollout import hf_rollout, vllm_rollout  # here: regrading needs no model code
+
+    where = {"processor": cfg.processor, "dtype": cfg.dtype, "device": cfg.device}
+    if cfg.provider == "hf":
+        rollout, processor = hf_rollout(cfg.model, **where)
+    else:
+        rollout, processor = vllm_rollout(
+            cfg.model, **where, max_prompt_tokens=cfg.max_prompt_tokens, max_tokens=cfg.max_tokens,
+            max_sequences=cfg.batch, max_images=max([1, *(len(row["images"]) for row in rows)]),
+        )  # fmt: skip
+    return partial(answer_batch, cfg, rollout, processor)
 
 
-def open_provider(cfg: Config) -> Answerer:
-    """The function that answers. Another provider is another branch here and a function like hf_answerer."""
-    return hf_answerer(cfg)
-
-
-def hf_answerer(cfg: Config) -> Answerer:
-    """A checkpoint in this process, through the rollout that training samples with."""
-    if any(importlib.metadata.distributions(name="kernels")):
-        raise ValueError("the package 'kernels' is installed, and transformers would take our folder kernels/ for it: "
-                         "pip uninstall kernels")  # fmt: skip
-    from rollout import hf_rollout  # here: regrading needs no model code
-
-    rollout, processor = hf_rollout(cfg.model, processor=cfg.processor, dtype=cfg.dtype, device=cfg.device)
-
-    def answer(rows: list[dict], seed: int) -> list[dict]:
-        replies, prompts = [], []
-        for row in rows:
-            try:
-                prompt = encode(row, processor, style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
-            except BrokenPicture as error:
-                replies.append({"skipped": str(error)})
-                continue
-            if len(prompt.expanded) > cfg.max_prompt_tokens:
-                replies.append({"skipped": f"row {row['id']}: a prompt of {len(prompt.expanded)} tokens, more than "
-                                           f"--max-prompt-tokens {cfg.max_prompt_tokens}"})  # fmt: skip
-                continue
-            replies.append({})
-            prompts.append(prompt)
+def answer_batch(cfg: Config, rollout, processor, rows: list[dict], seed: int) -> list[dict]:
+    prompts, replies = [], [{} for _ in rows]
+    for row, reply in zip(rows, replies, strict=True):
         try:
-            groups = rollout.generate(prompts, n=1, max_tokens=cfg.max_tokens, temperature=cfg.temperature,
-                                      seed=seed) if prompts else []  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"--batch {cfg.batch} does not fit the GPU: lower it, the run goes on") from error
-        completions = (group[0] for group in groups)
-        for reply in replies:
-            if not reply:
-                c = next(completions)
-                reply |= {"text": c.text, "finished": c.finished, "tokens": len(c.token_ids)}
-        return replies
-
-    return answer
+            prompt = encode(row, processor, style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+        except BrokenPicture as error:
+            reply["skipped"] = str(error)
+            continue
+        if len(prompt.expanded) <= cfg.max_prompt_tokens:
+            prompts.append(prompt)
+        else:
+            length = f"{len(prompt.expanded)} tokens, more than --max-prompt-tokens {cfg.max_prompt_tokens}"
+            reply["skipped"] = f"row {row['id']}: a prompt of {length}"
+    settings = {"n": 1, "max_tokens": cfg.max_tokens, "temperature": cfg.temperature, "seed": seed}
+    try:
+        groups = rollout.generate(prompts, **settings) if prompts else []
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"--batch {cfg.batch} does not fit the GPU: lower it, the run goes on") from error
+    asked = [reply for reply in replies if not reply]
+    for reply, [c] in zip(asked, groups, strict=True):
+        reply |= {"text": c.text, "finished": c.finished, "tokens": len(c.token_ids)}
+    return replies
 
 
 # ---------------------------------------------------------------- the folder
@@ -303,10 +307,9 @@ def identity(cfg: Config, rows: list[dict]) -> dict:
     template = "" if cfg.style == "row" else PROMPTS.get(cfg.style) or read_template(cfg.style)
     keys = ("id", "question", "options", "gold", "kind", "size", "scene", "problem", "style")
     content = json.dumps([template, [[row[key] for key in keys] for row in rows]])
-    decides = ("model", "provider", "processor", "dtype", "dataset", "limit", "control", "style", "box_frame",
-               "min_pixels", "max_pixels", "max_tokens", "max_prompt_tokens", "temperature", "seed")  # fmt: skip
+    others = ("out", "batch", "device", "regrade", "image", "question", "options")
     return {
-        **{key: getattr(cfg, key) for key in decides},
+        **{key: value for key, value in asdict(cfg).items() if key not in others},
         "weights": weights_hash(Path(cfg.model)),
         "rows and prompt text": hashlib.sha256(content.encode()).hexdigest()[:16],
     }
@@ -315,110 +318,62 @@ def identity(cfg: Config, rows: list[dict]) -> dict:
 def weights_hash(folder: Path) -> str | None:
     """Of all weight files of a local checkpoint (a second a gigabyte, and they are read anyway); None for a hub id."""
     digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16] if files else None
 
 
-def check_settings(out: Path, settings: dict) -> None:
-    """ValueError, one line, if the folder holds answers made with other settings."""
-    transcripts, saved_at = out / "transcripts.jsonl", out / "config.json"
-    if not (transcripts.exists() and transcripts.stat().st_size):
+def check_settings(path: Path, settings: dict) -> None:
+    """ValueError, one line, if the transcripts were made with other settings."""
+    saved_at = path.with_name("config.json")
+    if not (path.exists() and path.stat().st_size):
         return
     if not saved_at.exists():
-        raise ValueError(f"{out} holds transcripts of unknown settings (no config.json): choose another --out")
+        raise ValueError(f"{path.parent} holds transcripts of unknown settings (no config.json): choose another --out")
     old = json.loads(saved_at.read_text(encoding="utf-8"))["settings"]
-    changed = [key for key in settings if old.get(key) != settings[key]]
+    changed = [f"{key} was {old.get(key)!r}, now {new!r}" for key, new in settings.items() if old.get(key) != new]
     if changed:
-        told = "; ".join(f"{key} was {old.get(key)!r}, now {settings[key]!r}" for key in changed)
-        raise ValueError(f"{out} holds answers of other settings ({told}): give the old ones, or choose another --out")
+        told = f"{path.parent} holds answers of other settings ({'; '.join(changed)})"
+        raise ValueError(f"{told}: give the old ones, or choose another --out")
 
 
 @contextmanager
-def opened(out: Path, cfg: Config, settings: dict, *, rows: int) -> Iterator[tuple[BinaryIO, list[dict]]]:
-    """The transcript file, open for appending and ours alone, and its whole lines; a torn last line is cut off."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "transcripts.jsonl"
-    with open(path, "ab", buffering=0) as file:  # unbuffered: a batch is with the kernel before the next one begins
-        lock(file)
-        check_settings(out, settings)
-        records, whole = read_transcripts(path)
-        if not records:
-            made = {"settings": settings, "config": asdict(cfg), "rows": rows, "versions": versions()}
-            replace_file(out / "config.json", json.dumps(made, indent=1).encode())
-        if whole < path.stat().st_size:
-            print(f"{path}: the last line was cut off, it is asked again")
-            file.truncate(whole)
-        yield file, records
-
-
-def lock(file: BinaryIO) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{file.name}: another evaluate.py is writing it: wait, or choose another --out") from None
-
-
-def read_transcripts(path: Path) -> tuple[list[dict], int]:
-    """Records of a transcript file and the bytes that hold them; what follows the last line break is torn and not read.
-
-    Raises ValueError naming the line when another one is broken, or an id stands there twice."""
-    if not path.exists():
-        return [], 0
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    records, seen = [], {}
-    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+def locked(path: Path) -> Iterator[None]:
+    """The transcript file is there and ours alone until the end; ValueError, one line, if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
         try:
-            record = json.loads(line)
-            known = record["id"] in seen
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number}: not a transcript: delete it, the row is asked again") from None
-        if known:
-            raise ValueError(f"{path}, line {number}: the id {record['id']!r} of line {seen[record['id']]}: delete one")
-        seen[record["id"]] = number
-        records.append(record)
-    return records, whole
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another evaluate.py is writing it: wait, or choose another --out") from None
+        yield
 
 
-def append(file: BinaryIO, records: list[dict]) -> None:
-    """All lines or none, as far as the disk allows: OSError, one line, when it is full."""
-    start = os.fstat(file.fileno()).st_size
-    data = memoryview(b"".join(map(encoded, records)))
-    try:
-        while data:
-            data = data[file.write(data) :]
-    except OSError as error:
-        file.truncate(start)
-        raise OSError(f"{file.name} was not written ({error.strerror}): make room, the same command goes on") from error
+def begin(path: Path, cfg: Config, settings: dict, *, rows: int) -> list[dict]:
+    """The records of a locked transcript file, a torn last line cut off; config.json beside it if there is none yet."""
+    check_settings(path, settings)  # once more: since the first time another process may have begun it
+    records = read_transcripts(path)
+    if not records:
+        made = {"settings": settings, "config": asdict(cfg), "rows": rows, "versions": runs.versions()}
+        runs.replace_file(path.with_name("config.json"), json.dumps(made, indent=1).encode())
+    if runs.cut_torn_line(path):
+        print(f"{path}: the last line was cut off, it is asked again")
+    return records
 
 
-def encoded(record: dict) -> bytes:
-    # a lone surrogate cannot be UTF-8, but its backslash form is exactly JSON's own escape for it
-    return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Whole, or the old file stays."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        tmp.write_bytes(content)
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise OSError(f"{path} was not written ({error.strerror}): make room and run the same command again") from error
-    os.replace(tmp, path)
-
-
-def versions() -> dict:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "vllm", "pillow", "numpy", "scipy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def read_transcripts(path: Path) -> list[dict]:
+    """The whole lines; ValueError naming the line that is no transcript, or holds an id for the second time."""
+    records, lines = runs.read_lines(path), {}
+    for number, record in enumerate(records, 1):
+        key = record.get("id") if isinstance(record, dict) else None
+        if key is None:
+            raise ValueError(f"{path}, line {number}: not a transcript: delete it, the row is asked again")
+        if key in lines:
+            raise ValueError(f"{path}, line {number}: the id {key!r} of line {lines[key]}: delete one")
+        lines[key] = number
+    return records
 
 
 # ---------------------------------------------------------------- scores
@@ -462,14 +417,14 @@ def mean(values: list) -> float | None:
 
 def report(path: Path, records: list[dict], *, title: str) -> dict:
     """Writes scores.json beside the transcripts and prints the table; returns the scores."""
-    result, config = scores(records), path.parent / "config.json"
+    result, config, saved_at = scores(records), path.with_name("config.json"), path.with_name("scores.json")
     made = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    content = {**result, "evaluation": made, "graded_with": versions()}
-    replace_file(path.parent / "scores.json", json.dumps(content, indent=1).encode())
+    content = {**result, "evaluation": made, "graded_with": runs.versions()}
+    runs.replace_file(saved_at, json.dumps(content, indent=1).encode())
     print("\n".join(["", title, *table(result), *(f"skipped: {row['why']}" for row in result["skipped"][:5])]))
     if len(records) < made.get("rows", 0):
         print(f"unfinished: {len(records)} of {made['rows']} rows; the command that began it goes on")
-    print(f"{path}, {path.parent / 'scores.json'}")
+    print(f"{path}, {saved_at}")
     return result
 
 
@@ -502,18 +457,16 @@ def regrade(cfg: Config) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"--regrade {path}: no such file: give the transcripts.jsonl of an evaluation")
     target = Path(cfg.out) / "transcripts.jsonl" if cfg.out else path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "ab") as file:
-        lock(file)
+    with locked(target):
         if target.stat().st_size and not target.samefile(path):
             raise ValueError(f"{target} exists already: choose another --out")
-        old = read_transcripts(path)[0]
+        old = read_transcripts(path)
         new = [graded_again(record, f"{path}, line {number}") for number, record in enumerate(old, 1)]
-        replace_file(target, b"".join(map(encoded, new)))
-        settings = path.parent / "config.json"
+        runs.replace_file(target, runs.json_lines(new))
+        settings = path.with_name("config.json")
         if cfg.out and settings.exists():
-            replace_file(target.parent / "config.json", settings.read_bytes())
-    changed = [a["id"] for a, b in zip(old, new) if "correct" in a and a["correct"] != b["correct"]]
+            runs.replace_file(target.with_name("config.json"), settings.read_bytes())
+    changed = [a["id"] for a, b in zip(old, new, strict=True) if "correct" in a and a["correct"] != b["correct"]]
     named = f": {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}" if changed else ""
     print(f"{path}: {len(changed)} of {len(new)} verdicts changed{named}")
     return report(target, new, title=f"{path}, graded again")
@@ -534,19 +487,17 @@ def graded_again(record: dict, place: str) -> dict:
 def answer_one(cfg: Config) -> None:
     """Answers --question about --image, prints answer and scene, saves the picture with the answer's boxes."""
     picture = decode_picture(cfg.image, row_id=cfg.image)
-    row = dict(id=Path(cfg.image).stem, source=cfg.image, category="", images=[cfg.image], question=cfg.question,
-               options=list(cfg.options), gold="A" if cfg.options else "", kind="choice" if cfg.options else "text",
-               size=picture.size, scene=None, map=None, problem=None, style=None, meta={})  # fmt: skip
+    record = {"images": [cfg.image], "question": cfg.question, "options": list(cfg.options), "gold": "A"}
+    row = to_row(record, folder=Path(), index=0, source=cfg.image)
     if cfg.box_frame == "resized":
-        row = to_resized_frame(row, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+        row = to_resized_frame(row, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, factor=FACTOR)
     cfg = with_worded_style(replace(cfg, dataset=cfg.image), [row])
-    [reply] = open_provider(cfg)([row], cfg.seed)
+    [reply] = open_provider(cfg, [row])([row], cfg.seed)
     if "skipped" in reply:
         raise ValueError(reply["skipped"])
-    text = reply["text"]
-    scene = extract_scene(text)
-    objects = scene.get("objects") if isinstance(scene.get("objects"), list) else []
-    objects = [item for item in objects if is_valid_object(item)]
+    text, scene = reply["text"], extract_scene(reply["text"])
+    found = scene.get("objects")
+    objects = [item for item in found if is_valid_object(item)] if isinstance(found, list) else []
     out = Path(cfg.out or default_out(cfg))
     out.mkdir(parents=True, exist_ok=True)
     draw_boxes(picture, objects, row["size"]).save(out / "answer.png")
@@ -570,52 +521,24 @@ def draw_boxes(picture: Image.Image, objects: list[dict], size: tuple[int, int])
         # clipped in the frame first: a coordinate may be nan (then 0) or too large for a float
         x1, y1, x2, y2 = (
             min(max(0, v), side) * full / side
-            for v, side, full in zip(item["bbox"], (*size, *size), (*shown.size, *shown.size))
+            for v, side, full in zip(item["bbox"], (*size, *size), (*shown.size, *shown.size), strict=True)
         )
         x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
         colour = COLOURS[number % len(COLOURS)]
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(2, min(shown.size) // 200))
-        left, top, right, bottom = pen.textbbox((0, 0), item["id"][:40], font=font)
+        name = item["id"][:40]
+        _, _, width, height = pen.textbbox((0, 0), name, font=font)
         # above the box, or below where there is no room, and inside the picture
-        at = (max(0, min(x1, shown.width - right)), y1 - bottom - 4 if y1 - bottom - 4 >= 0 else y2 + 4)
-        pen.rectangle((at[0] + left, at[1] + top, at[0] + right, at[1] + bottom), fill=colour)
-        pen.text(at, item["id"][:40], fill="white", font=font)
+        at = (max(0, min(x1, shown.width - width)), y1 - height - 4 if y1 >= height + 4 else y2 + 4)
+        pen.rectangle(pen.textbbox(at, name, font=font), fill=colour)
+        pen.text(at, name, fill="white", font=font)
     return shown
-
-
-# ---------------------------------------------------------------- what one sees while it runs
-
-
-class Progress:
-    """Rows answered, accuracy so far, time left: a bar on a terminal, otherwise a line at most every 10 seconds."""
-
-    def __init__(self, total: int, *, start: int):
-        from tqdm import tqdm
-
-        self.total, self.start, self.interval = total, start, tqdm.format_interval
-        self.began, self.shown = time.monotonic(), -math.inf
-        self.bar = tqdm(total=total, initial=start, unit="row", dynamic_ncols=True) if sys.stderr.isatty() else None
-
-    def show(self, done: int, accuracy: float | None) -> None:
-        text, now = "" if accuracy is None else f"accuracy {accuracy:.3f}", time.monotonic()
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif now - self.shown >= 10 or done == self.total:
-            left = self.interval((now - self.began) / max(1, done - self.start) * (self.total - done))
-            print(f"row {done}/{self.total}  {text}  {left} left", file=sys.stderr, flush=True)
-            self.shown = now
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit("error: " + " ".join(str(error).split())) from error
+        with runs.one_line_errors():
+            main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
     except KeyboardInterrupt:
         print("\nstopped: what was answered is kept, the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None

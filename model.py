@@ -418,6 +418,8 @@ def save_hf(policy: Policy, processor, folder: Path) -> None:
         part.dtype = torch.bfloat16
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
+    for file in Path(folder).glob("*.safetensors"):  # written for the owner alone; a checkpoint is to be shared
+        file.chmod(0o644)
 
 
 def reduce_gradients(gradients: list[Tensor], bucket_bytes: int = 256 << 20) -> None:

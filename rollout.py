@@ -26,7 +26,6 @@ from torch import Tensor
 
 from model import Policy, banned_ids, load_model, mrope_positions, stop_ids, weights
 
-
 COMPACT = 0.75  # drop finished rows from the batch once so few are live: each drop copies the cache
 
 

@@ -477,6 +477,13 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit("error: " + (" ".join(str(error).split()) or type(error).__name__)) from error
 
 
+def check_preset(arguments: list[str], presets: Collection[str]) -> None:
+    """SystemExit with one line for a first argument that is no preset; without it tyro prints a page."""
+    if len(arguments) < 2 or (not arguments[1].startswith("-") and arguments[1] not in presets):
+        given = f"unknown preset {arguments[1]!r}" if len(arguments) > 1 else "no preset given"
+        raise SystemExit(f"error: {given}: {Path(arguments[0]).name} takes one of {', '.join(presets)}, then flags (--help)")
+
+
 def check_shadowed_kernels() -> None:
     """SystemExit with the cure if the distribution `kernels` is installed; call it before transformers is imported.
 

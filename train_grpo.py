@@ -12,6 +12,7 @@ rollout is used for several optimiser steps; overlong prompts are dropped at loa
 """
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -222,7 +223,13 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
         rate = learning_rate(step * cfg.mini_batches + i, peak=cfg.lr, schedule=cfg.schedule,
                              warmup_steps=cfg.warmup_steps, total_steps=cfg.steps * cfg.mini_batches)  # fmt: skip
         stats.norms.append(optimizer.step(lr=rate))
-    return stats.result() | {"optim/lr": rate}
+    return stats.result() | {"optim/lr": rate, "optim/skipped_in_a_row": trailing_skips(stats.norms)}
+
+
+def trailing_skips(norms: list[float]) -> int:
+    """How many optimiser steps at the end of a rollout were skipped, without a good one after them."""
+    good = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
+    return len(norms) - 1 - good[-1] if good else len(norms)
 
 
 # ---------------------------------------------------------------- around the algorithm
@@ -488,7 +495,8 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
 
         metrics |= reward_metrics("reward", parts, groups)
         metrics["reward/flat_groups"] = sum(ranks.gather(float((advantages == 0).all(dim=1).float().mean()))) / world
-        skipped = skipped + metrics["optim/skipped"] if metrics["optim/skipped"] else 0
+        in_a_row = metrics["optim/skipped_in_a_row"]
+        skipped = skipped + in_a_row if in_a_row == cfg.mini_batches else in_a_row
         check_health(cfg, step, metrics, skipped, run)
         stopping = any(ranks.gather(stop.requested))  # signals reach ranks at different moments
         if last and val_rows and cfg.val_every and not stopping:
@@ -523,4 +531,5 @@ def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: flo
 
 
 if __name__ == "__main__":
+    runs.check_preset(sys.argv, PRESETS)
     main(tyro.extras.overridable_config_cli(PRESETS))

@@ -10,6 +10,7 @@ and never repeat.
 """
 
 import random
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -232,4 +233,5 @@ def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, ran
 
 
 if __name__ == "__main__":
+    runs.check_preset(sys.argv, PRESETS)
     main(tyro.extras.overridable_config_cli(PRESETS))

@@ -39,7 +39,7 @@ SMALL = """--prompts-per-step 8 --group-size 4 --mini-batches 2 --min-pixels 313
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--realdata", default="../shared/realdata", help="folder with vsr/, blink_spatial_relation/, ...")
+    parser.add_argument("--realdata", default="../shared/realdata", help="folder with vsr/, qwen/, ...")
     parser.add_argument("--out", default="/tmp/real_input", help="an empty or new folder outside this repository")
     parser.add_argument("--vsr", type=int, help="first VSR statements only")
     parser.add_argument("--blink", type=int, help="first BLINK questions only, for the random model")
@@ -50,19 +50,20 @@ def main(argv: list[str] | None = None) -> None:
     for split in splits:
         run("-m", "data.dataset", "--check", f"vsr@{split}", out=out)
     processor = real / "qwen" / "Qwen2.5-VL-7B-Instruct"
-    # Twice: under the published reward random text earns 0, so every group is flat and nothing may move. The second
-    # reward pays for something that random text has more or less of, so there the weights must move.
-    for name, reward in (("real", "spatialthinker"), ("real-letters", f"{Path(__file__).resolve()}:letters")):
+    # Twice: under the published reward random text earns 0, every group is flat and the policy loss is 0. The second
+    # reward, with a learning rate for it, pays for what random text has more or less of: there the policy must move.
+    own = f"{Path(__file__).resolve()}:letters"
+    for name, reward, rate in (("real", "spatialthinker", "1e-6"), ("real-letters", own, "1e-3")):
         run("train_grpo.py", "spatialthinker-3b", "--name", name, "--model", "random:tiny", "--processor", processor,
-            "--data", "vsr@train", "--val-data", "vsr@val", "--steps", STEPS, "--reward", reward, "--lr", "1e-3",
+            "--data", "vsr@train", "--val-data", "vsr@val", "--steps", STEPS, "--reward", reward, "--lr", rate,
             *SMALL.split(), out=out)  # fmt: skip
         show_steps(out / "runs" / name)
 
     rows = blink_rows(real / "blink_spatial_relation")
     fresh = [row for row in rows if int(row["id"].rpartition("_")[2]) not in SHARED_PHOTOS][: args.blink]
     write_lines(out / "blink.jsonl", fresh)
-    run("evaluate.py", "--model", f"runs/real-letters/step_{STEPS}", "--dataset", "blink.jsonl", "--out", "blink-random",
-        "--device", "cpu", out=out)  # fmt: skip
+    run("evaluate.py", "--model", f"runs/real-letters/step_{STEPS}", "--dataset", "blink.jsonl",
+        "--out", "blink-random", "--device", "cpu", out=out)  # fmt: skip
     print_comparison(regraded(rows, real / "model_outputs" / "blink" / "saved_outputs", out))
 
 
@@ -80,16 +81,15 @@ def check_folders(real: Path, out: Path) -> tuple[Path, Path]:
 
 
 def run(*command, out: Path) -> None:
-    """One of the project's own commands, inside `out`, so that runs/ and evaluations/ land there. Prints it and its
-    output. Raises RuntimeError when it fails."""
+    """One of the project's own commands, inside `out`, so that runs/ lands there. It prints where we print.
+    Raises RuntimeError when it fails."""
     words = [str(word) for word in command]
     script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     began = time.monotonic()
-    # its errors in line with its output, as a terminal shows them
     done = subprocess.run([sys.executable, *script], cwd=out, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    print(f"{done.stdout.rstrip()}\n[{time.monotonic() - began:.0f} s]", flush=True)
+                          stderr=subprocess.STDOUT, check=False)  # fmt: skip
+    print(f"[{time.monotonic() - began:.0f} s]", flush=True)
     if done.returncode:
         raise RuntimeError(f"{words[words[0] == '-m']} ended with status {done.returncode}: it says why above")
 
@@ -98,11 +98,12 @@ def run(*command, out: Path) -> None:
 
 
 def vsr_rows(folder: Path) -> list[dict]:
-    """One choice row a VSR statement ("The dog is on the surfboard."): is it right or wrong?
+    """One choice row a VSR statement ("The cat is on the bench."): is it right or wrong?
 
     The gold scene holds every COCO box of the two classes named, in pixels of the photo. The statement becomes a gold
     relation only when it is true and each class has one box: otherwise nobody said which of them it is about."""
-    names = dict(re.findall(r"^\s*(\d+): (.+)$", (folder / "coco80_class_names.yaml").read_text(), re.M))
+    text = (folder / "coco80_class_names.yaml").read_text(encoding="utf-8")
+    names = dict(re.findall(r"^\s*(\d+): (.+)$", text, re.MULTILINE))
     boxes = {
         entry["image"]: [(names[str(kind)], box) for kind, *box in entry["boxes"]]
         for entry in read_lines(folder / "coco_boxes_yolo_dev.jsonl")
@@ -134,7 +135,7 @@ def vsr_row(entry: dict, boxes: list[tuple[str, list[float]]], names: list[str],
 
 
 def named_classes(caption: str, relation: str, names: list[str]) -> tuple[str, str]:
-    """('dog', 'surfboard') of "The dog is on the surfboard.": the longest class name before and behind the relation."""
+    """('cat', 'bench') of "The cat is on the bench.": the longest class name before and behind the relation."""
     before, _, behind = f" {caption.lower().rstrip('.')} ".partition(f" {relation.lower()} ")
     held = [[name for name in names if re.search(rf"\b{re.escape(name)}\b", part)] for part in (before, behind)]
     if not all(held):
@@ -143,7 +144,7 @@ def named_classes(caption: str, relation: str, names: list[str]) -> tuple[str, s
 
 
 def pixels(box: list[float], size: tuple[int, int]) -> list[int]:
-    """YOLO box (centre x, centre y, width, height, as shares) -> [x1, y1, x2, y2] in pixels, inside the (W, H) photo."""
+    """YOLO box (centre x, centre y, width, height, as shares) -> [x1, y1, x2, y2] in pixels of the (W, H) photo."""
     (x, y, w, h), (width, height) = box, size
     x1, y1 = max(0, round((x - w / 2) * width)), max(0, round((y - h / 2) * height))
     x2, y2 = min(width, round((x + w / 2) * width)), min(height, round((y + h / 2) * height))
@@ -179,10 +180,10 @@ def letters(response: str, row: dict) -> dict[str, float]:
 
 def show_steps(folder: Path) -> None:
     """The numbers of metrics.jsonl that say whether something was learned from."""
-    keys = ("reward/total", "reward/flat_groups", "optim/grad_norm", "rollout/logprob_gap")
-    print(f"{'step':>4s} " + " ".join(f"{key:>20s}" for key in keys))
+    keys = ("reward/total", "reward/flat_groups", "optim/grad_norm", "loss/kl", "rollout/logprob_gap")
+    print("step " + " ".join(f"{key:>19s}" for key in keys))
     for step, line in enumerate(read_lines(folder / "metrics.jsonl"), start=1):
-        print(f"{step:4d} " + " ".join(f"{line[key]:20.6f}" for key in keys))
+        print(f"{step:4d} " + " ".join(f"{line[key]:19.2e}" for key in keys))
 
 
 # ---------------------------------------------------------------- BLINK
@@ -194,7 +195,7 @@ ASK = "Select from the following choices."
 def blink_rows(folder: Path) -> list[dict]:
     """Rows by hand, as a user would write them, of a folder with prompt.csv, val_answers.json and images/.
 
-    A prompt reads `Is the car under the cat? Select from the following choices. (A) yes (B) no`; a gold answer `(B)`."""
+    A prompt reads `Is the cup on the table? Select from the following choices. (A) yes (B) no`; gold is `(B)`."""
     gold, rows = json.loads((folder / "val_answers.json").read_text()), []
     with open(folder / "prompt.csv", encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):

