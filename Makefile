@@ -48,6 +48,8 @@ test-slow: setup
 
 bench: setup
 	for file in kernels/*.py; do $(PY) -m kernels.$$(basename $$file .py); done
+	$(PY) -m data.scenes --bench
+	if nvidia-smi -L >/dev/null 2>&1; then $(PY) bench/engine.py --out runs/bench-engine; fi
 
 clean:
 	rm -rf .venv

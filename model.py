@@ -1,7 +1,6 @@
 """Load a vision-language model, pack groups of completions, and compute their log-probabilities.
 
-    model, processor = load_model("Qwen/Qwen2.5-VL-3B-Instruct")        or a folder, or random:tiny | demo | 3b | 7b
-    policy = Policy(model, banned_ids(processor, model))
+    policy, processor = load_policy("Qwen/Qwen2.5-VL-3B-Instruct")      or a folder, or random:tiny | demo | 3b | 7b
     for packed in pack(prompts, groups, advantages, policy, token_budget=16384):
         logp, entropy = policy(packed.to(device), temperature=1.0)      # (M,) one number a completion token
 
@@ -388,6 +387,17 @@ def vision_plan(sizes: tuple[tuple[int, int, int], ...], merge: int, window: int
                 window_index=window_index, cu_window_seqlens=window_bounds)  # fmt: skip
     longest = dict(max_seqlen=int(bounds.diff().max()), max_window_seqlen=int(window_bounds.diff().max()))
     return {name: tensor.to(device) for name, tensor in plan.items()} | longest
+
+
+def load_policy(source: str, *, freeze_vision: bool = False, checkpointing: bool = False, **how) -> tuple[Policy, object]:
+    """A policy ready to train, and its processor; `how` goes to load_model."""
+    model, processor = load_model(source, **how)
+    policy = Policy(model, banned_ids(processor, model))
+    if freeze_vision:
+        policy.freeze_vision()
+    if checkpointing:
+        policy.checkpoint_activations()
+    return policy, processor
 
 
 def frozen_copy(policy: Policy) -> Policy:

@@ -45,3 +45,9 @@ def gather(value) -> list:
 def barrier() -> None:
     if several():
         dist.barrier()
+
+
+def leave() -> None:
+    """Ends the process group (ours, or the one a vLLM engine made) at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

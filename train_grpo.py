@@ -28,13 +28,14 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
+import dry_run
 import ranks
 import scoring
 from data.dataset import encode, encode_rows, load_rows
 from kernels.policy_loss import KL_ESTIMATORS, policy_loss
 from metrics import Clock, LossStats, reward_metrics
 from model import (
-    Packed, Policy, banned_ids, frozen_copy, load_model, pack, pack_groups, reduce_gradients, save_hf, weights,
+    Packed, Policy, frozen_copy, load_policy, pack, pack_groups, reduce_gradients, save_hf, weights,
 )  # fmt: skip
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import HFRollout, VLLMRollout, choose_rollout
@@ -46,6 +47,7 @@ class Config:
     processor: str | None = None  # tokenizer and picture processor, if not the model's own
     data: str = "scenes:demo@train"  # hub id, folder, .parquet, .jsonl, name@split, or scenes:LEVEL@train
     val_data: str | None = None  # the same for validation
+    skip_bad_rows: bool = False  # leave rows that do not check out instead of stopping at the first
     limit: int | None = None  # first rows of data only (how many to draw, for scenes)
     val_limit: int | None = 256  # first rows of val_data only
     name: str = "run"  # run folder: runs/NAME
@@ -116,7 +118,7 @@ class Config:
 
 SPATIALTHINKER = Config(
     model="Qwen/Qwen2.5-VL-7B-Instruct", data="OX-PIXL/STVQA-7K@train", val_data="OX-PIXL/STVQA-7K@val", val_limit=None,
-    name="spatialthinker-7b", checkpointing=True,
+    name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, checkpointing=True,
 )  # fmt: skip
 
 PRESETS = {
@@ -226,10 +228,10 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
     return stats.result() | {"optim/lr": rate, "optim/skipped_in_a_row": trailing_skips(stats.norms)}
 
 
-def trailing_skips(norms: list[float]) -> int:
+def trailing_skips(norms: list[float]) -> float:
     """How many optimiser steps at the end of a rollout were skipped, without a good one after them."""
     good = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
-    return len(norms) - 1 - good[-1] if good else len(norms)
+    return float(len(norms) - 1 - good[-1] if good else len(norms))
 
 
 # ---------------------------------------------------------------- around the algorithm
@@ -292,7 +294,8 @@ def check_config(cfg: Config, world: int) -> None:
 
 def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
     """Rows of a source that fit: overlong prompts and broken pictures dropped, counted and printed."""
-    rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+    rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels,
+                     skip_bad=cfg.skip_bad_rows)  # fmt: skip
     kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, **encoding(cfg))
     if not kept:
         raise ValueError(f"{source}: no row left of {len(rows)} ({counts}); raise --max-prompt-tokens or check the file")
@@ -337,47 +340,6 @@ def save(run, step: int, policy, processor, optimizer, cfg: Config, rank: int, *
     runs.save_checkpoint(run, step, write, keep=cfg.keep, rank=rank, barrier=ranks.barrier)
 
 
-def dry_run(cfg: Config, policy: Policy, processor, rows: list[dict], world: int) -> None:
-    """What a run would see and hold: a rendered prompt, prompt lengths, memory by phase."""
-    prompts = [encode(row, processor, **encoding(cfg)) for row in rows[:64]]
-    lengths = sorted(len(p.expanded) for p in prompts)
-    print(f"\nfirst prompt ({len(prompts[0].expanded)} tokens, one placeholder a picture shown):")
-    print(processor.tokenizer.decode(prompts[0].ids))
-    print(f"\nprompt tokens of {len(lengths)} rows: least {lengths[0]}, median {lengths[len(lengths) // 2]}, most {lengths[-1]}")
-    print(f"steps: {cfg.steps} x {cfg.prompts_per_step} prompts = {cfg.steps * cfg.prompts_per_step / len(rows):.1f} passes "
-          f"over {len(rows)} rows, {cfg.steps * cfg.mini_batches} optimiser steps on {world} ranks")  # fmt: skip
-    print("\nmemory of one rank, estimated, GiB:")
-    for phase, parts in memory_estimate(cfg, policy).items():
-        print(f"  {phase:9s} {sum(parts.values()):7.2f}   " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v > 0.005))
-
-
-def memory_estimate(cfg: Config, policy: Policy) -> dict[str, dict[str, float]]:
-    """GiB by phase and cause, from shapes: weights and optimiser exactly, activations to about a third."""
-    gib = 2.0**-30
-    text, width = policy.config.text_config, next(policy.model.parameters()).element_size()
-    everything = sum(p.numel() for p in policy.model.parameters())
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    held = {
-        "weights": everything * width * gib,
-        "masters": trained * (4 if width < 4 else 0) * gib,
-        "moments": trained * 8 * gib,
-        "reference": everything * width * gib if uses_reference(cfg) else 0.0,
-    }
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * width
-    a_token = text.hidden_size * (2 if cfg.checkpointing else 20) + text.intermediate_size * (0 if cfg.checkpointing else 4)
-    activations = cfg.token_budget * text.num_hidden_layers * a_token * width
-    logits = min(cfg.token_budget, 2048) * text.vocab_size * 12  # one chunk: logits, softmax, gradient in fp32
-    return {
-        "generate": {**held, "key-value cache": cfg.rollout_sequences * (cfg.max_prompt_tokens + cfg.max_completion_tokens) * cache * gib},
-        "update": {**held, "gradients": trained * 4 * gib, "activations": activations * gib, "logits": logits * gib},
-        "save": {**held, "copy on the host": everything * 2 * gib},
-    }  # fmt: skip
-
-
-def uses_reference(cfg: Config) -> bool:
-    return cfg.kl != "none" and cfg.kl_coef > 0
-
-
 def main(cfg: Config) -> None:
     with runs.one_line_errors():
         check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
@@ -388,16 +350,15 @@ def main(cfg: Config) -> None:
         rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
     with runs.die_together(rank, world_size=world), pool:
         with runs.one_line_errors():
-            model, processor = load_model(cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device))
-            policy = Policy(model, banned_ids(processor, model))
-            if cfg.freeze_vision:
-                policy.freeze_vision()
-            if cfg.checkpointing:
-                policy.checkpoint_activations()
+            policy, processor = load_policy(
+                cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
+                freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
+            )  # fmt: skip
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
             if cfg.dry_run:
-                return dry_run(cfg, policy, processor, rows, world) if rank == 0 else None
+                prompts = [encode(row, processor, **encoding(cfg)) for row in rows[:64]]
+                return dry_run.show(cfg, policy, processor, prompts, len(rows), world) if rank == 0 else None
             rollout = start_rollout(cfg, policy, processor, rows + val_rows, rank)
             if isinstance(rollout, VLLMRollout):
                 check_engine(rollout, policy, encode(rows[0], processor, **encoding(cfg)), cfg)
@@ -407,6 +368,7 @@ def main(cfg: Config) -> None:
             ranks.barrier()
             pool.file = run / "failures.jsonl"
         train(cfg, policy, processor, rollout, pool, rows, val_rows, run, rank, world)
+        ranks.leave()
 
 
 # Settings that a resumed run may change without becoming another run.
@@ -453,7 +415,7 @@ def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> None:
 
 def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, rank: int, world: int) -> None:
     """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
-    reference = frozen_copy(policy) if uses_reference(cfg) else None
+    reference = frozen_copy(policy) if dry_run.uses_reference(cfg) else None
     optimizer = MasterOptimizer(
         policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
         max_grad_norm=cfg.max_grad_norm,
@@ -525,7 +487,7 @@ def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: flo
     where = f"the last good checkpoint is {runs.latest_checkpoint(run)}"
     if skipped > cfg.max_skipped:
         raise RuntimeError(f"step {step}: {int(skipped)} optimiser steps in a row had a non-finite gradient; {where}")
-    if metrics.get("rollout/logprob_gap", 0.0) > cfg.max_gap:
+    if not metrics.get("rollout/logprob_gap", 0.0) <= cfg.max_gap:  # a nan is no agreement
         raise RuntimeError(f"step {step}: engine and trainer log-probs differ by {metrics['rollout/logprob_gap']:.3f} on "
                            f"average, more than --max-gap {cfg.max_gap}: the engine has other weights; {where}")  # fmt: skip
 

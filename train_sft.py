@@ -30,7 +30,7 @@ from data.dataset import encode, encode_rows, load_rows
 from data.responses import mistaken_letter, response_text
 from data.scenes import scene_rows
 from metrics import Clock
-from model import Packed, Policy, banned_ids, load_model, pack, reduce_gradients
+from model import Packed, Policy, load_policy, pack, reduce_gradients
 from optim import MasterOptimizer, learning_rate
 from rollout import Completion, HFRollout
 from train_grpo import encoding, global_counts, restore, save, take, token_scale, validate
@@ -171,12 +171,10 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--rows-per-step {cfg.rows_per_step} does not divide into {world} ranks")
     with runs.die_together(rank, world_size=world), pool:
         with runs.one_line_errors():
-            model, processor = load_model(cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device))
-            policy = Policy(model, banned_ids(processor, model))
-            if cfg.freeze_vision:
-                policy.freeze_vision()
-            if cfg.checkpointing:
-                policy.checkpoint_activations()
+            policy, processor = load_policy(
+                cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
+                freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
+            )  # fmt: skip
             endless = cfg.limit is None and cfg.data.startswith("scenes")
             rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_sft_rows(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
@@ -185,6 +183,7 @@ def main(cfg: Config) -> None:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()
         train(cfg, policy, processor, pool, rows, val_rows, run, rank, world)
+        ranks.leave()
 
 
 MAY_DIFFER = ("resume", "val_every", "save_every", "keep", "workers")  # not steps: the schedule hangs on them

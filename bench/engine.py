@@ -299,9 +299,8 @@ def rows_of(value, path: str = "") -> list[tuple[str, str]]:
 
 
 def table(results: dict) -> str:
-    shown = {name: {k: v for k, v in part.items() if k != "last"} for name, part in results["parts"].items()}
-    rows = rows_of({"machine": results["machine"], **shown})
-    body = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows]
+    rows = rows_of({"machine": results["machine"], **results["parts"]})
+    body = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows if not name.endswith("/ last")]
     return "\n".join(["| what | value |", "|---|---|", *body])
 
 
@@ -314,9 +313,10 @@ def machine() -> dict:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    import torch
-
-    return found | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    smi = shutil.which("nvidia-smi")  # asking torch would hold memory on the GPU while the parts count theirs
+    query = [smi, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    name = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() if smi else ""
+    return found | {"gpu": name.replace("\n", "; ") or "none"}
 
 
 def main(cfg: Config) -> int:

@@ -109,3 +109,20 @@ def policy_loss(
             stats["importance_capped_sum"] = (live & (weight > importance_cap)).sum() if importance_cap > 0 else live.sum() * 0
             stats["importance_max"] = torch.where(live, weight, 1.0).amax()
     return total, {name: value.detach().float() for name, value in stats.items()}
+
+
+def check() -> None:
+    """On-policy the gradient is REINFORCE's, and a clipped good token has none."""
+    logp = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    advantages, scale = torch.tensor([1.0, -0.5, 2.0]), torch.full((3,), 1 / 3)
+    loss, _ = policy_loss(logp, advantages, scale)
+    (grad,) = torch.autograd.grad(loss, logp)
+    torch.testing.assert_close(grad, -advantages * scale)
+    loss, stats = policy_loss(logp, advantages, scale, old_logp=logp.detach() - torch.tensor([0.5, 0.0, 0.0]))
+    (grad,) = torch.autograd.grad(loss, logp)
+    assert grad[0] == 0 and stats["clip_high_sum"] == 1, (grad, stats)
+
+
+if __name__ == "__main__":
+    check()
+    print("policy_loss: on-policy gradient and clip")

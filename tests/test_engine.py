@@ -35,7 +35,7 @@ OTHERS = [*(("language_model", name) for name in LANGUAGE[1:]), *(("visual", nam
 
 @dataclass
 class Side:
-    """An engine beside the policy whose weights it should have, and three prompts: a picture, none, several and long."""
+    """An engine beside the policy whose weights it should have, and three prompts: a picture, none, several."""
 
     engine: VLLMRollout | None
     policy: Policy

@@ -132,7 +132,7 @@ def test_level_2_that_comes_back_wrong_starts_again_at_level_1(tiny, prompts, ca
         train_grpo.check_engine(Off(tiny.policy, tiny.processor, 0.5), tiny.policy, prompts["one"], SMALL)
     assert restarted == [["python", "train_grpo.py", "demo", "--seed", "3", "--sleep-level", "1"]]
     said = capsys.readouterr().out
-    assert "by 0.5000 on average after level 2 sleep, more than --max-gap 0.2: starting again with --sleep-level 1" in said
+    assert "0.5000 on average after level 2 sleep, more than --max-gap 0.2: starting again with --sleep-level 1" in said
 
 
 @pytest.mark.parametrize("by", [0.5, float("nan")])

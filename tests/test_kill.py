@@ -42,7 +42,7 @@ VLLM = ("--model", "random:demo", "--rollout", "vllm", "--max-completion-tokens"
 PARENT = f"""
 import json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import optim, rollout, runs, shutil, torch, train_grpo, tyro
+import model, optim, rollout, runs, shutil, torch, train_grpo, tyro
 torch.set_num_threads(1)
 
 def patch(owner, name, *, number=1, after=False):
@@ -95,7 +95,7 @@ def child(folder, phase, arguments):
     global step, wanted, take
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)  # all jobs of a folder in one file
     sys.argv = ["train_grpo.py", *arguments]
     cfg = tyro.extras.overridable_config_cli(train_grpo.PRESETS)
     step, wanted, take = -1, int(phase.partition("@")[2] or -1), train_grpo.take  # -1 until the first step begins
@@ -111,7 +111,7 @@ def child(folder, phase, arguments):
 
 if __name__ == "__main__":
     import matplotlib.pyplot
-    train_grpo.load_model("random:tiny")
+    model.load_model("random:tiny")
     jobs, codes = json.load(sys.stdin), []
     if any("vllm" in arguments for *_, arguments in jobs):
         rollout.set_engine_environment()
