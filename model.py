@@ -78,6 +78,11 @@ def load_processor(source: str | Path):
         raise ValueError(f"{source}: no processor there ({str(error).splitlines()[0]}); give --processor PATH") from error
 
 
+def compute_dtype(name: str, device_type: str) -> torch.dtype:
+    """auto is bfloat16 on a GPU and float32 otherwise; any other name is torch's."""
+    return getattr(torch, name if name != "auto" else "bfloat16" if device_type == "cuda" else "float32")
+
+
 def random_config(shape: str, processor):
     """The transformers configuration of a named shape (SHAPES), token ids from the processor."""
     from transformers import Qwen2_5_VLConfig

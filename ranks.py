@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from model import compute_dtype
+
 
 def setup(device: str = "auto", dtype: str = "auto") -> tuple[int, int, torch.device, torch.dtype]:
     """rank, world size, device, dtype; joins the process group under torchrun (NCCL on GPUs, gloo on CPUs).
@@ -24,8 +26,7 @@ def setup(device: str = "auto", dtype: str = "auto") -> tuple[int, int, torch.de
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    name = dtype if dtype != "auto" else "bfloat16" if place.type == "cuda" else "float32"
-    return rank, world, place, getattr(torch, name)
+    return rank, world, place, compute_dtype(dtype, place.type)
 
 
 def several() -> bool:

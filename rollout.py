@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Policy, banned_ids, load_model, mrope_positions, stop_ids, weights
+from model import Policy, banned_ids, compute_dtype, load_model, mrope_positions, stop_ids, weights
 
 COMPACT = 0.75  # drop finished rows from the batch once so few are live: each drop copies the cache
 
@@ -41,8 +41,7 @@ def hf_rollout(source: str, *, processor: str | None = None, dtype: str = "auto"
                max_sequences: int = 256):  # fmt: skip
     """A checkpoint ready to answer: (HFRollout, processor). What evaluate.py asks for."""
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    name = dtype if dtype != "auto" else "bfloat16" if place.type == "cuda" else "float32"
-    model, proc = load_model(source, processor=processor, dtype=getattr(torch, name), device=str(place))
+    model, proc = load_model(source, processor=processor, dtype=compute_dtype(dtype, place.type), device=str(place))
     policy = Policy(model.eval(), banned_ids(proc, model))
     return HFRollout(policy, proc, max_sequences=max_sequences), proc
 
@@ -56,12 +55,12 @@ def vllm_rollout(source: str, *, processor: str | None = None, dtype: str = "aut
     if device not in ("auto", kind):
         raise ValueError(f"--device {device}: the installed vLLM runs on {kind}, on a GPU the first of "
                          "CUDA_VISIBLE_DEVICES: leave --device out")  # fmt: skip
-    name = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
-    model, proc = load_model(source, processor=processor, dtype=getattr(torch, name))
+    engine_dtype = compute_dtype(dtype, kind)
+    model, proc = load_model(source, processor=processor, dtype=engine_dtype)
     policy = Policy(model, banned_ids(proc, model))
     rollout = VLLMRollout(
         policy.config, proc, banned=policy.banned, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens,
-        dtype=name, memory=0.9, max_sequences=max_sequences, max_images=max_images,
+        dtype=str(engine_dtype).removeprefix("torch."), memory=0.9, max_sequences=max_sequences, max_images=max_images,
     )  # fmt: skip
     rollout.wake(weights(policy, dtype=None))
     return rollout, proc
