@@ -267,6 +267,21 @@ if triton is not None:
 # ---------------------------------------------------------------- wrappers
 
 
+def check_arguments(logp: Tensor, *, loss: str, kl: str, lengths: Tensor | None, clip_low: float, entropy_coef: float, **others):
+    """One line for what does not fit: ValueError for a name nobody knows, an assertion for everything else."""
+    for name, x in others.items():
+        fits = not isinstance(x, Tensor) or x.shape == logp.shape
+        assert fits, f"{name} is {tuple(x.shape)}, log-probs are {tuple(logp.shape)}"
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
+    if kl not in KL_ESTIMATORS:
+        raise ValueError(f"unknown KL estimator {kl!r}: one of {', '.join(KL_ESTIMATORS)}")
+    assert kl == "none" or others["ref_logp"] is not None, f"KL estimator {kl} needs reference log-probs"
+    assert loss != "gspo" or lengths is not None, "gspo needs the lengths of the sequences"
+    assert others["entropy"] is not None or entropy_coef == 0, "an entropy bonus needs the entropy of every token"
+    assert 0 <= clip_low < 1, f"clip_low {clip_low}: a ratio is never below 0"
+
+
 def policy_terms(
     logp: Tensor, advantages: Tensor, scale: Tensor, *, loss: str, old_logp: Tensor | None, ref_logp: Tensor | None,
     rollout_logp: Tensor | None, importance_cap: float, clip_low: float, clip_high: float, dual_clip: float, kl: str,
@@ -352,20 +367,10 @@ def policy_loss(
     Statistics whose name ends in `_sum` are sums over tokens with scale > 0 (divide by `token_sum`), those in `_max`
     and `_min` extremes; they are detached and stay on the device. `reference=True`, or no GPU: plain torch.
     """
-    named = dict(advantages=advantages, scale=scale, old=old_logp, ref=ref_logp, rollout=rollout_logp, entropy=entropy)
-    for name, x in named.items():
-        assert x is None or x.shape == logp.shape, f"{name} is {tuple(x.shape)}, log-probs are {tuple(logp.shape)}"
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
-    if kl not in KL_ESTIMATORS:
-        raise ValueError(f"unknown KL estimator {kl!r}: one of {', '.join(KL_ESTIMATORS)}")
-    assert kl == "none" or ref_logp is not None, f"KL estimator {kl} needs reference log-probs"
-    assert loss != "gspo" or lengths is not None, "gspo needs the lengths of the sequences"
-    assert entropy is not None or entropy_coef == 0, "an entropy bonus needs the entropy of every token"
-    assert 0 <= clip_low < 1, f"clip_low {clip_low}: a ratio is never below 0"
     arguments = dict(loss=loss, old_logp=old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp, importance_cap=importance_cap,
                      clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl, kl_coef=kl_coef, lengths=lengths,
                      entropy_coef=entropy_coef)  # fmt: skip
+    check_arguments(logp, advantages=advantages, scale=scale, entropy=entropy, **arguments)
     present = dict(kl=kl != "none", rollout=rollout_logp is not None, entropy=entropy is not None)
     if not len(logp):  # nothing to add up, and still attached to the graph
         neutral = logp.new_tensor([0.0] * len(SUMS) + [1.0, -1.0, 1.0])[:, None]
