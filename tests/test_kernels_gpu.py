@@ -39,6 +39,11 @@ def inputs(rows, width, vocabulary, seed=0):
     return hidden.requires_grad_(), weight.requires_grad_(), targets, banned
 
 
+def double(*tensors):
+    """fp64 leaves: gradients that went back through a cast would be rounded to bf16."""
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
 def relative(got, want):
     return float((got.double() - want).norm() / want.norm())
 
@@ -49,15 +54,16 @@ def test_log_probs_and_gradients_against_fp64(width, vocabulary, rows):
     hidden, weight, targets, banned = inputs(rows, width, vocabulary)
     targets[rows // 2 :: 50] = -100 if rows > 1 else targets[0]
     upstream = torch.randn(2, rows, device="cuda")
-    exact = token_logprob_reference(hidden.double(), weight.double(), targets, temperature=0.9, banned=banned)
-    want = torch.autograd.grad(exact, (hidden, weight), list(upstream.double()))
+    leaves = double(hidden, weight)
+    exact = token_logprob_reference(*leaves, targets, temperature=0.9, banned=banned)
+    want = torch.autograd.grad(exact, leaves, list(upstream.double()))
     for chunk_rows in (None, 100):  # 100: several chunks forward, one super-block of four column blocks backward
         ours = token_logprob(hidden, weight, targets, temperature=0.9, banned=banned, chunk_rows=chunk_rows)
         assert (ours[0].double() - exact[0]).abs().max() <= LOGP
         assert (ours[1].double() - exact[1]).abs().max() <= 2 * LOGP
         got = torch.autograd.grad(ours, (hidden, weight), list(upstream))
         for g, w in zip(got, want):
-            assert g.dtype == torch.bfloat16 and relative(g, w.double()) <= GRADIENT
+            assert g.dtype == torch.bfloat16 and relative(g, w) <= GRADIENT
 
 
 @pytest.mark.parametrize("width, vocabulary", SHAPES)
@@ -66,13 +72,14 @@ def test_the_single_pass_against_fp64(width, vocabulary):
     hidden, weight, targets, banned = inputs(rows, width, vocabulary)
     advantages, scale = torch.randn(rows, device="cuda"), torch.rand(rows, device="cuda") / rows
     scale[::5] = 0
-    exact_logp, exact_entropy = token_logprob_reference(hidden.double(), weight.double(), targets, banned=banned)
+    leaves = double(hidden, weight)
+    exact_logp, exact_entropy = token_logprob_reference(*leaves, targets, banned=banned)
     near = {name: (exact_logp + 0.2 * torch.randn_like(exact_logp)).detach() for name in ("old_logp", "ref_logp", "rollout_logp")}
     kwargs = dict(importance_cap=2.0, kl="k3", kl_coef=0.05, entropy_coef=0.01)
     exact, stats = policy_loss_reference(
         exact_logp, advantages.double(), scale.double(), entropy=exact_entropy, **near, **kwargs
-    )  # fmt: skip
-    want = torch.autograd.grad(exact, (hidden, weight))
+    )
+    want = torch.autograd.grad(exact, leaves)
     near = {name: x.float() for name, x in near.items()}
     for chunk_rows in (None, 100):
         ours, seen, logp, entropy = linear_policy_loss(
@@ -85,7 +92,7 @@ def test_the_single_pass_against_fp64(width, vocabulary):
         for factor in (1.0, 0.3):
             got = torch.autograd.grad(ours * factor, (hidden, weight), retain_graph=True)
             for g, w in zip(got, want):
-                assert relative(g, w.double() * factor) <= GRADIENT
+                assert relative(g, w * factor) <= GRADIENT
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -103,10 +110,11 @@ def test_the_policy_loss_against_fp64_and_again(loss):
         return ours, torch.autograd.grad(ours, logp)[0], stats
 
     ours, gradient, stats = once()
-    double = {name: x.double() for name, x in given.items()}
-    exact, wanted = policy_loss_reference(logp.double(), advantages.double(), scale.double(), **double, **options)
+    (leaf,) = double(logp)
+    wide = {name: x.double() for name, x in given.items()}
+    exact, wanted = policy_loss_reference(leaf, advantages.double(), scale.double(), **wide, **options)
     assert float(ours) == pytest.approx(float(exact), rel=1e-5)
-    assert relative(gradient, torch.autograd.grad(exact, logp)[0].double()) < 1e-5
+    assert relative(gradient, torch.autograd.grad(exact, leaf)[0]) < 1e-5
     for name, value in wanted.items():
         assert float(stats[name]) == pytest.approx(float(value), rel=1e-4, abs=1), name
     for _ in range(3):
@@ -151,11 +159,12 @@ def test_row_kernels_on_logits_in_any_dtype(dtype):
     targets = torch.randint(100_001, (33,), generator=generator, device="cuda")
     targets[5] = -100
     ours = logits_logprob(logits, targets, temperature=0.7)
-    exact = logits_logprob_reference(logits.double(), targets, temperature=0.7)
-    got, want = (torch.autograd.grad(sum(x.sum() for x in pair), logits)[0] for pair in (ours, exact))
+    (leaf,) = double(logits)
+    exact = logits_logprob_reference(leaf, targets, temperature=0.7)
+    got, want = (torch.autograd.grad(pair[0].sum() + pair[1].sum(), x)[0] for pair, x in ((ours, logits), (exact, leaf)))
     for a, b in zip(ours, exact):
         assert (a.double() - b).abs().max() <= LOGP
-    assert relative(got, want.double()) <= (1e-5 if dtype == torch.float32 else GRADIENT)
+    assert relative(got, want) <= (1e-5 if dtype == torch.float32 else GRADIENT)
 
 
 def test_more_than_two_to_the_31_logits():
@@ -167,7 +176,7 @@ def test_more_than_two_to_the_31_logits():
     targets = torch.randint(columns, (rows,), device="cuda")
     stats = row_stats(logits, targets)
     ends = [0, rows // 2, rows - 1]
-    few = logits[ends].double().requires_grad_()
+    (few,) = double(logits[ends])
     exact = logits_logprob_reference(few, targets[ends])
     assert (stats[0][ends].double() - exact[0]).abs().max() <= LOGP
     assert (stats[2][ends].double() - exact[1]).abs().max() <= 2 * LOGP
