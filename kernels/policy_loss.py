@@ -158,10 +158,10 @@ if triton is not None:
 
     @triton.jit
     def _expm1(x):
-        # exp(x) - 1 without libdevice, which the interpreter lacks: the rounding of u cancels in (u - 1) / log(u)
+        # exp(x) - 1 without libdevice: the rounding of u cancels in (u - 1) / log(u)
         u = tl.exp(x)
-        safe = tl.where((u == 1.0) | (u == 0.0), 0.5, u)
-        return tl.where(u == 1.0, x, tl.where(u == 0.0, -1.0, (u - 1.0) * (x / tl.log(safe))))
+        near = (u != 1.0) & (x > -1.0)  # further down u - 1 is exact enough, and a denormal u has no digits left for log
+        return tl.where(near, (u - 1.0) * (x / tl.log(tl.where(near, u, 0.5))), tl.where(u == 1.0, x, u - 1.0))
 
     @triton.jit
     def _clamp(x, low, high):

@@ -81,10 +81,10 @@ if triton is not None:
 
     @triton.jit
     def _expm1(x):
-        # exp(x) - 1 for x <= 0: the rounding of u cancels in (u - 1) / log(u)
+        # exp(x) - 1 without libdevice: the rounding of u cancels in (u - 1) / log(u)
         u = tl.exp(x)
-        safe = tl.where((u == 1.0) | (u == 0.0), 0.5, u)
-        return tl.where(u == 1.0, x, tl.where(u == 0.0, -1.0, (u - 1.0) * (x / tl.log(safe))))
+        near = (u != 1.0) & (x > -1.0)  # further down u - 1 is exact enough, and a denormal u has no digits left for log
+        return tl.where(near, (u - 1.0) * (x / tl.log(tl.where(near, u, 0.5))), tl.where(u == 1.0, x, u - 1.0))
 
     @triton.jit
     def _row_stats(logits, stride, targets, banned, logp_out, lse_out, entropy_out, columns, inverse_temperature,
@@ -150,6 +150,8 @@ if triton is not None:
                 log_p = tl.where(tl.load(banned + first + column, mask=live, other=1) != 0, -float("inf"), log_p)
             p = tl.exp(log_p)
             dz = tl.where(column + first == target, -g * _expm1(tl.load(logp + row)), -g * p)
+            if BANNED:  # also where the target itself is banned
+                dz = tl.where(log_p == -float("inf"), 0.0, dz)
             if ENTROPY:
                 dz -= tl.where(p == 0.0, 0.0, h * p * (log_p + tl.load(entropy + row)))  # 0 x -inf where banned
         tl.store(out + row * out_stride + column, dz.to(out.dtype.element_ty), mask=live)
