@@ -80,9 +80,8 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tens
 
 def blocks(count: int, most: int) -> list[slice]:
     """Equal parts of at most `most` (a part of one row would cost as much as one of 500), of whole tiles where it can."""
-    parts = math.ceil(count / max(1, most))
-    size = math.ceil(count / max(1, parts))
-    size = min(max(1, most), math.ceil(size / 128) * 128)
+    parts = max(1, math.ceil(count / most))
+    size = min(most, math.ceil(count / parts / 128) * 128) or 1
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
