@@ -174,3 +174,185 @@ def test_oracle_policy_loss(vectors):
         found = [loss, (stats["clip_high_sum"] + stats["clip_low_sum"]) / tokens, stats["clip_dual_sum"] / tokens,
                  stats["old_kl_sum"] / tokens]  # fmt: skip
         assert [float(x) for x in found] == pytest.approx(case["expected"], abs=1e-6), case["id"]
+
+
+# ---------------------------------------------------------------- the other losses
+
+
+def test_gspo_by_hand():
+    """Two sequences of two tokens and of one: one ratio a sequence, the geometric mean; its gradient spreads evenly."""
+    ratios, advantages = [1.1, 1.3, 2.0], [1.0, 1.0, 1.0]
+    mean = math.sqrt(1.1 * 1.3)
+    found, gradient, stats = loss_of([-1.0 + LOG(r) for r in ratios], [-1.0] * 3, advantages, scale=[0.5, 0.5, 1.0],
+                                     loss="gspo", lengths=torch.tensor([2, 1]))  # fmt: skip
+    assert found == pytest.approx(-mean - 1.3, rel=1e-5)
+    assert gradient == pytest.approx([-mean / 2, -mean / 2, 0.0], rel=1e-5)
+    assert stats["clip_high_sum"] == 1 and stats["ratio_max"] == pytest.approx(2.0) and stats["ratio_min"] == pytest.approx(mean)
+
+
+def test_gspo_with_importance_weights_spreads_what_the_sequence_got():
+    """Tokens of unlike weight: the ratio is the sequence's, so each token gets the mean of what all of them would."""
+    old, rollout = [-1.0, -1.0], [-1.0, -1.0 - LOG(1.5)]
+    _, gradient, _ = loss_of(old, old, [2.0, 2.0], scale=[0.5, 0.5], loss="gspo", lengths=torch.tensor([2]),
+                             rollout_logp=rollout, importance_cap=2.0)  # fmt: skip
+    assert gradient == pytest.approx([-2 * (0.5 * 1 + 0.5 * 1.5) / 2] * 2, rel=1e-5)
+
+
+# ratio, advantage -> loss at logp -2 and its derivative, with clip_high 0.3
+CISPO_BY_HAND = [(1.1, 1.0, 2.2, -1.1), (1.5, 1.0, 2.6, -1.3), (0.2, 1.0, 0.4, -0.2), (1.5, -2.0, -5.2, 2.6)]
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope", CISPO_BY_HAND)
+def test_cispo_by_hand(ratio, advantage, loss, slope):
+    """A clipped token keeps a gradient, of capped weight, whichever the sign of its advantage."""
+    found, gradient, stats = loss_of([-2.0], [-2.0 - LOG(ratio)], [advantage], loss="cispo")
+    assert found == pytest.approx(loss, rel=1e-5) and gradient == pytest.approx([slope], rel=1e-5)
+    assert stats["clip_high_sum"] == (ratio > 1.3) and stats["clip_low_sum"] == stats["clip_dual_sum"] == 0
+
+
+def test_the_entropy_bonus_is_taken_off_and_counted():
+    entropy = torch.tensor([1.0, 2.0, 40.0], requires_grad=True)
+    logp, scale = torch.full((3,), -1.0, requires_grad=True), torch.tensor([0.5, 0.25, 0.0])
+    plain, _ = policy_loss(logp, torch.ones(3), scale)
+    loss, stats = policy_loss(logp, torch.ones(3), scale, entropy=entropy, entropy_coef=0.1)
+    assert float((plain - loss).detach()) == pytest.approx(0.1 * (0.5 * 1 + 0.25 * 2)) and stats["entropy_sum"] == 3
+    assert torch.autograd.grad(loss, entropy)[0].tolist() == pytest.approx([-0.05, -0.025, 0.0])
+    assert stats["policy_loss_sum"] == plain.detach()
+
+
+def test_no_token_at_all_gives_a_zero_that_stays_attached():
+    none, logp = torch.zeros(0), torch.zeros(0, requires_grad=True)
+    for loss in LOSSES:
+        total, stats = policy_loss(logp, none, none, loss=loss, lengths=torch.zeros(0, dtype=torch.int64), ref_logp=none, kl="k3")
+        total.backward()
+        assert total == 0 and logp.grad.shape == (0,)
+        assert stats["ratio_max"] == stats["ratio_min"] == 1 and stats["token_sum"] == stats["kl_sum"] == 0
+
+
+def test_unknown_names_and_missing_inputs_are_one_line():
+    zero = torch.zeros(3)
+    with pytest.raises(ValueError, match="unknown loss 'ppo': one of grpo, gspo, cispo"):
+        policy_loss(zero, zero, zero, loss="ppo")
+    with pytest.raises(ValueError, match="unknown KL estimator 'k9'"):
+        policy_loss(zero, zero, zero, kl="k9")
+    with pytest.raises(AssertionError, match="gspo needs the lengths"):
+        policy_loss(zero, zero, zero, loss="gspo")
+    with pytest.raises(AssertionError, match="needs the entropy"):
+        policy_loss(zero, zero, zero, entropy_coef=0.1)
+    with pytest.raises(AssertionError, match="clip_low 1.0"):
+        policy_loss(zero, zero, zero, clip_low=1.0)
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+def tokens_of_all_kinds(count=1300, seed=0):
+    """Sequences of 100 with one advantage each; ratios far off, masked rows that hold garbage. On DEVICE."""
+    generator = torch.Generator().manual_seed(seed)
+    logp = -3 * torch.rand(count, generator=generator)
+    old, ref, rollout = (logp + torch.randn(count, generator=generator) for _ in range(3))
+    old[::50] -= 30  # beyond the clamp of the log ratio
+    old[1::50] += 30
+    ref[::40] += 4  # beyond the clamps of k3 and chi2
+    ref[1::40] -= 60
+    advantages = torch.randn(-(-count // 100), generator=generator).repeat_interleave(100)[:count]
+    advantages[300:400] = 0
+    scale = torch.rand(count, generator=generator) / count
+    scale[::7] = 0
+    for x in (old, ref, rollout, advantages):
+        x[::14] = torch.nan  # a part of the masked rows
+    lengths = torch.tensor([100] * (count // 100) + [count % 100] * (count % 100 > 0))
+    given = dict(old_logp=old, ref_logp=ref, rollout_logp=rollout, entropy=torch.rand(count, generator=generator))
+    move = lambda x: x.to(DEVICE)  # noqa: E731
+    return move(logp).requires_grad_(), move(advantages), move(scale), {k: move(v) for k, v in given.items()}, move(lengths)
+
+
+def clean(x, scale):
+    return torch.where(scale > 0, x, 0.0).double()
+
+
+@triton_only
+@pytest.mark.parametrize("kl", KL_ESTIMATORS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_kernel_against_fp64(loss, kl):
+    """Value, gradient and every statistic; the reference gets zeros where the masked rows hold nan."""
+    logp, advantages, scale, given, lengths = tokens_of_all_kinds()
+    if loss == "gspo":  # its mean reads the masked tokens of a sequence too
+        given = {name: clean(x, scale).float() for name, x in given.items()}
+    options = dict(loss=loss, kl=kl, kl_coef=0.3, importance_cap=2.0, dual_clip=3.0, entropy_coef=0.2, lengths=lengths)
+    ours, stats = policy_loss(logp, advantages, scale, **given, **options)
+    (wide,) = double(logp)
+    wide_given = {name: clean(x, scale) for name, x in given.items()}
+    exact, wanted = policy_loss_reference(wide, clean(advantages, scale), scale.double(), **wide_given, **options)
+    assert float(ours) == pytest.approx(float(exact), rel=1e-5)
+    got, want = torch.autograd.grad(ours * 0.7, logp)[0], torch.autograd.grad(exact * 0.7, wide)[0]
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-6 * float(want.abs().max()))
+    assert set(stats) == set(wanted)
+    for name, value in wanted.items():
+        assert float(stats[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+
+
+@triton_only
+@pytest.mark.parametrize("absent", ["old_logp", "rollout_logp", "entropy"])
+def test_the_kernel_without_an_optional_input(absent):
+    for count in (1, 511, 512, 513):  # around one block
+        logp, advantages, scale, given, lengths = tokens_of_all_kinds(count)
+        given = {name: clean(x, scale).float() for name, x in given.items() if name != absent}
+        for options in (dict(), dict(dual_clip=0.0), dict(loss="gspo", lengths=lengths), dict(loss="cispo")):
+            options = dict(kl="k3", kl_coef=0.1, importance_cap=0.0) | options
+            ours, stats = policy_loss(logp, clean(advantages, scale).float(), scale, **given, **options)
+            (wide,) = double(logp)
+            wide_given = {name: x.double() for name, x in given.items()}
+            exact, wanted = policy_loss_reference(wide, clean(advantages, scale), scale.double(), **wide_given, **options)
+            assert float(ours) == pytest.approx(float(exact), rel=1e-5, abs=1e-7)
+            got, want = torch.autograd.grad(ours, logp)[0], torch.autograd.grad(exact, wide)[0]
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-8)
+            assert set(stats) == set(wanted)
+            for name, value in wanted.items():
+                assert float(stats[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-4), name
+
+
+@triton_only
+def test_the_kernel_by_hand_at_every_clip():
+    for ratio, advantage, loss, slope in BY_HAND:
+        logp = torch.tensor([-1.0 + LOG(ratio)], device=DEVICE, requires_grad=True)
+        old, one = torch.tensor([-1.0], device=DEVICE), torch.ones(1, device=DEVICE)
+        total, _ = policy_loss(logp, one * advantage, one, old_logp=old)
+        assert float(total) == pytest.approx(loss, abs=1e-6)
+        assert float(torch.autograd.grad(total, logp)[0]) == pytest.approx(slope, abs=1e-6)
+
+
+@triton_only
+@pytest.mark.parametrize("broken", ["logp", "old_logp", "rollout_logp", "ref_logp"])
+def test_the_kernel_does_not_hide_a_nan(broken):
+    """A live token that is nan must show in the loss, as in torch: the step is then skipped and counted."""
+    logp, advantages, scale, given, _ = tokens_of_all_kinds(60)
+    given = {name: clean(x, scale).float() for name, x in given.items()} | {"logp": logp.detach().clone()}
+    given[broken][5] = torch.nan
+    logp = given.pop("logp").requires_grad_()
+    total, _ = policy_loss(logp, clean(advantages, scale).float(), scale, importance_cap=2.0, kl="k3", kl_coef=0.1, **given)
+    assert total.isnan() and torch.autograd.grad(total, logp)[0][5].isnan()
+
+
+@triton_only
+def test_the_kernel_takes_any_strides_and_refuses_other_dtypes():
+    logp, advantages, scale, given, _ = tokens_of_all_kinds(40)
+    given = {name: clean(x, scale).float() for name, x in given.items()}
+    wide = torch.stack([given["old_logp"], advantages], dim=1)
+    plain, _ = policy_loss(logp, advantages, scale, old_logp=given["old_logp"])
+    strided, _ = policy_loss(logp, advantages, scale, old_logp=wide[:, 0])
+    assert torch.equal(plain, strided)
+    with pytest.raises(AssertionError, match="fp32"):
+        policy_loss(logp, advantages, scale, old_logp=given["old_logp"].double())
+
+
+@triton_only
+def test_the_partials_are_per_block():
+    """No atomics: 1,300 tokens are three blocks, and each writes its own column."""
+    logp, advantages, scale, given, lengths = tokens_of_all_kinds()
+    _, partials = policy_terms(
+        logp.detach(), advantages, scale, loss="grpo", importance_cap=2.0, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl="k3",
+        kl_coef=0.1, lengths=None, entropy_coef=0.0, **given,
+    )  # fmt: skip
+    assert partials.shape == (14, 3)
+    assert partials[1].tolist() == [(scale[i : i + 512] > 0).sum() for i in range(0, 1300, 512)]
