@@ -195,7 +195,7 @@ def mrope_positions(ids: list[int], grid: Tensor | None, config) -> Tensor:
 class Packed:
     """One micro-batch of whole groups. T packed tokens, M completion tokens, S completions.
 
-    For one prompt `a b` with completions `c d` and `e`:
+    All prompts come first, then all completions. For one prompt `a b` with completions `c d` and `e`:
         ids [a b c d e]   positions [0 1 2 3 2]   rows [1 2 1]   targets [c d e]   sequence [0 0 1]
     Row r of the hidden states predicts its target; the prompt's last row predicts every completion's first token."""
 
@@ -247,29 +247,28 @@ def pack_groups(prompts: list, groups: list[list], config, *, advantages: Tensor
     """Prompts and their completions -> one Packed. advantages (groups, G) or None for zeros.
 
     mask_truncated: tokens of a completion that ran into the length limit do not count."""
-    ids, positions, rows, targets, sequence, lengths = [], [], [], [], [], []
-    advantage, rollout_logp, loss_mask, start, s = [], [], [], 0, 0
-    for g, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-        prompt_positions = mrope_positions(prompt.expanded, prompt.grid, config)  # (3, P)
-        following = int(prompt_positions.max()) + 1
+    ids, positions, after, last = [], [], [], []  # of the prompts: all of them come first
+    for prompt in prompts:
         ids.append(torch.tensor(prompt.expanded))
-        positions.append(prompt_positions)
-        own = start + len(prompt.expanded)  # first row of the completion
+        positions.append(mrope_positions(prompt.expanded, prompt.grid, config))  # (3, P)
+        after.append(int(positions[-1].max()) + 1)  # where its completions go on
+        last.append(len(prompt.expanded) - 1 + (last[-1] + 1 if last else 0))  # its last row
+    rows, targets, sequence, lengths, advantage, rollout_logp, loss_mask = [], [], [], [], [], [], []
+    own, s = last[-1] + 1, 0  # first row of the completion, which completion
+    for g, group in enumerate(groups):
         for j, c in enumerate(group):
             n = len(c.token_ids)
-            ids.append(torch.tensor(c.token_ids))
-            positions.append(torch.arange(following, following + n).expand(3, -1))
-            rows.append(torch.tensor([start + len(prompt.expanded) - 1, *range(own, own + n - 1)]))
-            targets.append(ids[-1])
+            targets.append(torch.tensor(c.token_ids))
+            positions.append(torch.arange(after[g], after[g] + n).expand(3, -1))
+            rows.append(torch.tensor([last[g], *range(own, own + n - 1)]))
             sequence.append(torch.full((n,), s))
             lengths.append(n)
             advantage.append(torch.full((n,), 0.0 if advantages is None else float(advantages[g, j])))
             rollout_logp.append(torch.tensor(c.logprobs, dtype=torch.float32))
             loss_mask.append(torch.full((n,), 0.0 if mask_truncated and not c.finished else 1.0))
             own, s = own + n, s + 1
-        start = own
     pictures = [p for p in prompts if p.pixels is not None]
-    all_ids = torch.cat(ids)
+    all_ids = torch.cat(ids + targets)
     layout = tuple((len(p.expanded), tuple(len(c.token_ids) for c in group)) for p, group in zip(prompts, groups))
     return Packed(
         ids=all_ids, positions=torch.cat(positions, dim=1), layout=prefix_attention.Layout(layout, torch.device("cpu")),
