@@ -337,16 +337,16 @@ def test_checkpointing_saves_memory_and_changes_nothing(straight, tmp_path, rewa
             return inner(self, packed, **kwargs)
 
     monkeypatch.setattr(train_grpo.Policy, "forward", counting)
-    found = {}
-    for checkpointing in (False, True):
+    found = []
+    for layers in (0, 1, 2):
         kept[0] = 0
-        cfg = small(
-            reward_file, model=model, steps=1, checkpointing=checkpointing, name=f"checkpointing-{checkpointing}"
-        )
-        found[checkpointing] = metrics_of(run(tmp_path, cfg))[0], kept[0]
-    (plain, full), (same, less) = found[False], found[True]
-    assert same == pytest.approx(plain, rel=1e-4, abs=1e-6)
-    assert less < 0.7 * full
+        cfg = small(reward_file, model=model, steps=1, checkpoint_layers=layers, name=f"checkpointing-{layers}")
+        metrics = metrics_of(run(tmp_path, cfg))[0]
+        assert metrics.pop("speed/checkpointed_layers") == layers
+        found.append((metrics, kept[0]))
+    (plain, full), (half, some), (same, less) = found
+    assert same == pytest.approx(plain, rel=1e-4, abs=1e-6) and half == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert less < some < full and less < 0.7 * full
 
 
 def test_validation_is_greedy_and_at_its_steps(tmp_path, reward_file):
