@@ -7,7 +7,7 @@ token (docs/performance.md compares the count with measurements).
 import torch
 
 import ranks
-from kernels.logprob import CHUNK_LOGITS
+from kernels.logprob import CHUNK_BYTES
 
 GIB = 2**30
 SLACK = 3 * GIB  # fragments of the allocator, workspaces, picture features, the graph's small tensors
@@ -25,9 +25,9 @@ def vision_bytes(config) -> int:
     return 2 * config.depth * (12 * config.hidden_size + 4 * config.intermediate_size)
 
 
-def logits_bytes(vocab: int) -> int:
-    """One chunk of logits: fp32, their gradient in bf16 and fp32, and the head's gradient is counted with the others."""
-    return CHUNK_LOGITS * 10 if vocab > 32_768 else CHUNK_LOGITS
+def head_bytes(config) -> int:
+    """One chunk of logits with its gradient, and the gradient of the head in fp32 and in bf16."""
+    return CHUNK_BYTES + 6 * config.vocab_size * config.hidden_size
 
 
 def activations(policy, tokens: int, patches: int, checkpointed: int) -> int:
@@ -48,7 +48,7 @@ def layers_to_checkpoint(policy, optimizer, packs: list, wanted: int | None) -> 
     if wanted is not None or policy.device.type != "cuda" or not packs:
         return min(depth, wanted or 0)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free -= optimizer.bytes_to_come() + logits_bytes(policy.config.text_config.vocab_size) + SLACK
+    free -= optimizer.bytes_to_come() + head_bytes(policy.config.text_config) + SLACK
     sizes = [(len(p.ids), 0 if p.pixels is None else len(p.pixels)) for p in packs]
     fits = (n for n in range(depth) if all(activations(policy, *size, n) <= free for size in sizes))
     return max(ranks.gather(next(fits, depth)))
@@ -73,6 +73,7 @@ def estimate(cfg, policy, engine: float) -> dict[str, dict[str, float]]:
     kept = activations(policy, cfg.token_budget, 0, cfg.checkpoint_layers or 0)
     return {
         "generate": {**held, **sampling},
-        "update": {**held, "gradients": trained * 4 / GIB, "activations": kept / GIB, "logits": logits_bytes(text.vocab_size) / GIB},
+        "update": {**held, "gradients": trained * 4 / GIB, "activations": kept / GIB,
+                   "head": head_bytes(text) / GIB},
         "save": {**held, "copy on the host": everything * 2 / GIB},
     }

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kernels import prefix_attention
+from kernels.linear_policy_loss import linear_policy_loss
 from kernels.logprob import token_logprob
 
 DEMO_PROCESSOR = Path(__file__).parent / "assets" / "demo-model"
@@ -398,8 +399,8 @@ class Policy(nn.Module):
             embeds = embeds + 0.0 * features.sum().to(embeds.dtype)
         return embeds
 
-    def forward(self, packed: Packed, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of every completion token: (M,), (M,), fp32. The head sees completion rows only."""
+    def hidden(self, packed: Packed) -> Tensor:
+        """The last hidden state of every row that predicts a completion token: (M, H)."""
         # transformers checkpoints in training mode only, and drops the decoding cache there: HFRollout sets it back.
         # Nothing else hangs on the mode, these models have no dropout.
         if self.language.training != (self.checkpointed > 0):
@@ -410,8 +411,20 @@ class Policy(nn.Module):
             inputs_embeds=embeds.unsqueeze(0), position_ids=positions.unsqueeze(1),
             attention_mask={"full_attention": None}, layout=packed.layout, use_cache=False,
         ).last_hidden_state.squeeze(0)  # (T, H)  # fmt: skip
-        head = self.model.lm_head.weight  # (V, H)
-        return token_logprob(hidden[packed.rows], head, packed.targets, temperature=temperature, banned=self.banned)
+        return hidden[packed.rows]
+
+    def forward(self, packed: Packed, *, temperature: float = 1.0, scale: Tensor | None = None, **settings):
+        """Log-prob and entropy of every completion token, (M,) fp32 each. The head sees completion rows only.
+
+        With `scale` (M,), the weight of each token, and the settings of kernels/policy_loss.py: the loss () in one pass
+        over head and loss together, its statistics, and log-probs and entropy without a graph."""
+        head, own = self.model.lm_head.weight, dict(temperature=temperature, banned=self.banned, reference=not self.kernels)
+        if scale is None:
+            return token_logprob(self.hidden(packed), head, packed.targets, **own)
+        return linear_policy_loss(
+            self.hidden(packed), head, packed.targets, packed.advantages, scale, old_logp=packed.old_logp,
+            ref_logp=packed.ref_logp, rollout_logp=packed.rollout_logp if settings["importance_cap"] > 0 else None, **own, **settings,
+        )  # fmt: skip
 
     def next_logits(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache) -> Tensor:
         """One decoding step with a cache (HFRollout). embeds (B, t, H), positions (3, B, t), mask (B, 1, t, cached + t)

@@ -34,7 +34,7 @@ import ranks
 import scoring
 import speed
 from data.dataset import encode, encode_rows, load_rows
-from kernels.policy_loss import KL_ESTIMATORS, policy_loss
+from kernels.policy_loss import KL_ESTIMATORS
 from metrics import Clock, LossStats, reward_metrics
 from model import (
     Packed, Policy, frozen_copy, load_policy, pack, pack_groups, reduce_gradients, save_hf, weights,
@@ -218,24 +218,21 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
     if reference is not None or cfg.mini_batches > 1:
         passes_before(policy, reference, everything, cfg)
     stats = LossStats(policy.device)
+    settings = dict(importance_cap=cfg.importance_cap, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+                    kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef)  # fmt: skip
+
     for i, packs in enumerate(batches):
         tokens, sequences, most = global_counts(packs, policy.device)
         # Every rank runs the same number of micro-batches; the extra ones repeat the first with weight 0.
         packs = packs + [replace(packs[0], loss_mask=torch.zeros_like(packs[0].loss_mask))] * (most - len(packs))
         for packed in packs:
             packed = packed.to(policy.device)
-            logp, entropy = policy(packed, temperature=cfg.temperature)
             scale = token_scale(packed, cfg.normalize, tokens, sequences)
-            loss, seen = policy_loss(
-                logp, packed.advantages, scale, old_logp=packed.old_logp, ref_logp=packed.ref_logp,
-                rollout_logp=packed.rollout_logp if cfg.importance_cap > 0 else None, importance_cap=cfg.importance_cap,
-                clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
-                kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef,
-            )  # fmt: skip
+            loss, seen, logp, _ = policy(packed, temperature=cfg.temperature, scale=scale, **settings)
             loss.backward()
-            stats.add({**seen, "entropy_sum": (entropy.detach() * (scale > 0)).sum()})
+            stats.add(seen)
             if packed.old_logp is not None or len(batches) == 1:  # nothing was updated since these were sampled
-                stats.add_gap(logp.detach() if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
+                stats.add_gap(logp if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
         reduce_gradients(optimizer.gradients)
         rate = learning_rate(step * cfg.mini_batches + i, peak=cfg.lr, schedule=cfg.schedule,
                              warmup_steps=cfg.warmup_steps, total_steps=cfg.steps * cfg.mini_batches)  # fmt: skip

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import model as model_module
 import scoring
 import train_grpo
-from kernels.policy_loss import policy_loss
+from kernels.linear_policy_loss import linear_policy_loss
 from model import load_model
 from rollout import HFRollout
 from train_grpo import PRESETS, Config
@@ -256,10 +257,10 @@ def test_rule_11_too_many_skipped_steps_stop_the_run(tmp_path, reward_file, monk
     """Weights stay as they were, the count is in the metrics, and the run ends with a reason."""
 
     def poisoned(*args, **kwargs):
-        loss, stats = policy_loss(*args, **kwargs)
-        return loss * math.inf, stats
+        loss, *rest = linear_policy_loss(*args, **kwargs)
+        return loss * math.inf, *rest
 
-    monkeypatch.setattr(train_grpo, "policy_loss", poisoned)
+    monkeypatch.setattr(model_module, "linear_policy_loss", poisoned)
     with pytest.raises(RuntimeError, match="non-finite gradient"):
         run(tmp_path, small(reward_file, max_skipped=5, save_every=1, steps=40))
     folder = tmp_path / "runs" / "run"
