@@ -17,6 +17,7 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -149,6 +150,8 @@ def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype 
     patch_embed_as_product(model.model.visual.patch_embed)
     if kernels and torch.device(device).type == "cuda":
         use_liger(model)
+        for block in model.model.visual.blocks:
+            align_mlp(block.mlp)
     return model, proc
 
 
@@ -156,9 +159,25 @@ def patch_embed_as_product(embed: nn.Module) -> None:
     """The stride of this convolution is its kernel, so it is a matrix product, and many times faster as one."""
 
     def forward(self, pixels: Tensor) -> Tensor:  # (patches, C*t*p*p) -> (patches, width)
-        return nn.functional.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
     embed.forward = MethodType(forward, embed)  # bound, so that a copy of the module gets a copy of the method
+
+
+def align_mlp(mlp: nn.Module, multiple: int = 8) -> None:
+    """The vision tower's 3,420 columns are no multiple of 8, and cuBLAS has no fast kernel for such rows: the products are
+    done with zero columns added. A zero column of gate and up stays zero behind the activation, and nothing reads it."""
+    extra = -mlp.gate_proj.out_features % multiple
+    if not extra:
+        return
+
+    def forward(self, x: Tensor) -> Tensor:  # (patches, width) -> (patches, width)
+        gate, up = (
+            F.linear(x, F.pad(part.weight, (0, 0, 0, extra)), F.pad(part.bias, (0, extra))) for part in (self.gate_proj, self.up_proj)
+        )
+        return F.linear(self.act_fn(gate) * up, F.pad(self.down_proj.weight, (0, extra)), self.down_proj.bias)
+
+    mlp.forward = MethodType(forward, mlp)
 
 
 def use_liger(model) -> None:
