@@ -11,6 +11,7 @@ allowing ids takes no more), ours among all but the special ones: the work is th
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def main(cfg: Config) -> None:
         with open(log, "w") as file:
             code = subprocess.run(command(cfg, side, checkpoint), stdout=file, stderr=subprocess.STDOUT).returncode
         print(f"{side}: exit code {code} after {time.time() - began:.0f} s, {log}", flush=True)
-        steps = [json.loads(line.removeprefix("STEP ")) for line in log.read_text().splitlines() if line.startswith("STEP ")]
+        steps = [json.loads(found) for found in re.findall(r"STEP (\{.*?\})", log.read_text())]
         if side == "ours" and (metrics := Path("runs/against-trl/metrics.jsonl")).exists():
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
             steps = [{"seconds": line["time/step"], "card_gib": line.get("speed/peak_gib"), "metrics": line} for line in lines]
@@ -146,7 +147,7 @@ def trl(cfg: Config) -> None:
         gradient_accumulation_steps=cfg.prompts * cfg.group_size // cfg.micro_batch, max_completion_length=cfg.tokens,
         use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=cfg.engine_memory,
         vllm_max_model_length=2048, gradient_checkpointing=cfg.checkpointing, use_liger_kernel=cfg.liger, bf16=True,
-        beta=0.01, loss_type="grpo", temperature=1.0, max_steps=cfg.trl_steps, report_to="none", save_strategy="no",
+        beta=0.01, loss_type="grpo", temperature=1.0, max_steps=cfg.trl_steps, report_to="none", save_strategy="no", disable_tqdm=True,
         generation_kwargs={"allowed_token_ids": list(range(1000)), "ignore_eos": True}, optim="adamw_torch_fused",
         learning_rate=1e-6, model_init_kwargs={"dtype": "bfloat16"},
     )  # fmt: skip
