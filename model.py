@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kernels import prefix_attention
+from kernels.linear_policy_loss import linear_policy_loss
 from kernels.logprob import token_logprob
 
 DEMO_PROCESSOR = Path(__file__).parent / "assets" / "demo-model"
@@ -108,8 +111,10 @@ def random_config(shape: str, processor):
 
 
 def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
-               device: str = "cpu"):  # fmt: skip
+               device: str = "cpu", kernels: bool = True):  # fmt: skip
     """A checkpoint (folder or hub id) or random weights (`random:SHAPE`) -> (transformers model, processor).
+
+    kernels=False leaves its layers in plain torch, on a GPU too.
 
     Raises ValueError, one line, when the source is not there or is no vision model of a known family."""
     import transformers
@@ -142,7 +147,53 @@ def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype 
         proc = load_processor(processor or source)
     for part in (model.config, model.config.text_config, model.config.vision_config):
         part._attn_implementation = attention
+    patch_embed_as_product(model.model.visual.patch_embed)
+    if kernels and torch.device(device).type == "cuda":
+        use_liger(model)
+        for block in model.model.visual.blocks:
+            align_mlp(block.mlp)
     return model, proc
+
+
+def patch_embed_as_product(embed: nn.Module) -> None:
+    """The stride of this convolution is its kernel, so it is a matrix product, and many times faster as one."""
+
+    def forward(self, pixels: Tensor) -> Tensor:  # (patches, C*t*p*p) -> (patches, width)
+        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+
+    embed.forward = MethodType(forward, embed)  # bound, so that a copy of the module gets a copy of the method
+
+
+def align_mlp(mlp: nn.Module, multiple: int = 8) -> None:
+    """The vision tower's 3,420 columns are no multiple of 8, and cuBLAS has no fast kernel for such rows: the products are
+    done with zero columns added. A zero column of gate and up stays zero behind the activation, and nothing reads it."""
+    extra = -mlp.gate_proj.out_features % multiple
+    if not extra:
+        return
+
+    def forward(self, x: Tensor) -> Tensor:  # (patches, width) -> (patches, width)
+        gate, up = (
+            F.linear(x, F.pad(part.weight, (0, 0, 0, extra)), F.pad(part.bias, (0, extra))) for part in (self.gate_proj, self.up_proj)
+        )
+        return F.linear(self.act_fn(gate) * up, F.pad(self.down_proj.weight, (0, extra)), self.down_proj.bias)
+
+    mlp.forward = MethodType(forward, mlp)
+
+
+def use_liger(model) -> None:
+    """Liger's RMSNorm, SwiGLU and rope in this model. Its fused cross-entropy stays off: the head is ours (kernels/)."""
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, liger_rotary_pos_emb
+    except ImportError:
+        print("liger-kernel is not installed: norms, SwiGLU and rope run in plain torch (pip install liger-kernel)")
+        return
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    apply_liger_kernel_to_qwen2_5_vl(model=model, rope=False, fused_linear_cross_entropy=False)
+    # Liger patches a function of transformers 4; now the layers call this one, with mrope's sections merged already.
+    if modeling.apply_rotary_pos_emb.__module__ == modeling.__name__:
+        plain = modeling.apply_rotary_pos_emb
+        modeling.apply_rotary_pos_emb = lambda q, *rest: (liger_rotary_pos_emb if q.is_cuda else plain)(q, *rest)
 
 
 def banned_ids(processor, model, extra: tuple[int, ...] = ()) -> Tensor:
@@ -195,7 +246,7 @@ def mrope_positions(ids: list[int], grid: Tensor | None, config) -> Tensor:
 class Packed:
     """One micro-batch of whole groups. T packed tokens, M completion tokens, S completions.
 
-    For one prompt `a b` with completions `c d` and `e`:
+    All prompts come first, then all completions. For one prompt `a b` with completions `c d` and `e`:
         ids [a b c d e]   positions [0 1 2 3 2]   rows [1 2 1]   targets [c d e]   sequence [0 0 1]
     Row r of the hidden states predicts its target; the prompt's last row predicts every completion's first token."""
 
@@ -215,12 +266,15 @@ class Packed:
     index: list[int]  # which group of the batch each packed group is
     old_logp: Tensor | None = None  # (M,) the trainer's, before the first optimiser step of this rollout
     ref_logp: Tensor | None = None  # (M,)
+    features: Tensor | None = None  # (picture tokens, H) of a frozen tower, which need computing once a rollout only
 
     def to(self, device) -> "Packed":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        moved |= dict(grid=self.grid, layout=prefix_attention.Layout(self.layout.groups, torch.device(device)))
-        return Packed(**moved)
+        """A copy there; to a GPU through pinned memory, or every copy would wait for what the GPU is doing."""
+        device, moved = torch.device(device), {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, x in moved.items():
+            if isinstance(x, Tensor) and name != "grid":
+                moved[name] = (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
+        return Packed(**moved | dict(layout=prefix_attention.Layout(self.layout.groups, device)))
 
 
 def group_tokens(prompt, group) -> int:
@@ -247,29 +301,28 @@ def pack_groups(prompts: list, groups: list[list], config, *, advantages: Tensor
     """Prompts and their completions -> one Packed. advantages (groups, G) or None for zeros.
 
     mask_truncated: tokens of a completion that ran into the length limit do not count."""
-    ids, positions, rows, targets, sequence, lengths = [], [], [], [], [], []
-    advantage, rollout_logp, loss_mask, start, s = [], [], [], 0, 0
-    for g, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-        prompt_positions = mrope_positions(prompt.expanded, prompt.grid, config)  # (3, P)
-        following = int(prompt_positions.max()) + 1
+    ids, positions, after, last = [], [], [], []  # of the prompts: all of them come first
+    for prompt in prompts:
         ids.append(torch.tensor(prompt.expanded))
-        positions.append(prompt_positions)
-        own = start + len(prompt.expanded)  # first row of the completion
+        positions.append(mrope_positions(prompt.expanded, prompt.grid, config))  # (3, P)
+        after.append(int(positions[-1].max()) + 1)  # where its completions go on
+        last.append(len(prompt.expanded) - 1 + (last[-1] + 1 if last else 0))  # its last row
+    rows, targets, sequence, lengths, advantage, rollout_logp, loss_mask = [], [], [], [], [], [], []
+    own, s = last[-1] + 1, 0  # first row of the completion, which completion
+    for g, group in enumerate(groups):
         for j, c in enumerate(group):
             n = len(c.token_ids)
-            ids.append(torch.tensor(c.token_ids))
-            positions.append(torch.arange(following, following + n).expand(3, -1))
-            rows.append(torch.tensor([start + len(prompt.expanded) - 1, *range(own, own + n - 1)]))
-            targets.append(ids[-1])
+            targets.append(torch.tensor(c.token_ids))
+            positions.append(torch.arange(after[g], after[g] + n).expand(3, -1))
+            rows.append(torch.tensor([last[g], *range(own, own + n - 1)]))
             sequence.append(torch.full((n,), s))
             lengths.append(n)
             advantage.append(torch.full((n,), 0.0 if advantages is None else float(advantages[g, j])))
             rollout_logp.append(torch.tensor(c.logprobs, dtype=torch.float32))
             loss_mask.append(torch.full((n,), 0.0 if mask_truncated and not c.finished else 1.0))
             own, s = own + n, s + 1
-        start = own
     pictures = [p for p in prompts if p.pixels is not None]
-    all_ids = torch.cat(ids)
+    all_ids = torch.cat(ids + targets)
     layout = tuple((len(p.expanded), tuple(len(c.token_ids) for c in group)) for p, group in zip(prompts, groups))
     return Packed(
         ids=all_ids, positions=torch.cat(positions, dim=1), layout=prefix_attention.Layout(layout, torch.device("cpu")),
@@ -299,11 +352,12 @@ def pack(prompts: list, groups: list[list], config, *, token_budget: int, advant
 class Policy(nn.Module):
     """The model with its head and its banned ids. Call it on a Packed for the log-probs of the completion tokens."""
 
-    def __init__(self, model, banned: Tensor):
+    def __init__(self, model, banned: Tensor, *, kernels: bool = True):
         super().__init__()
         self.model = model
         self.config = model.config
-        self.checkpointing = False
+        self.kernels = kernels
+        self.checkpointed = 0  # language layers
         self.register_buffer("banned", banned.to(next(model.parameters()).device), persistent=False)
 
     @property
@@ -321,28 +375,41 @@ class Policy(nn.Module):
     def freeze_vision(self) -> None:
         self.vision.requires_grad_(False)
 
-    def checkpoint_activations(self) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
+    @property
+    def trains_vision(self) -> bool:
+        return next(self.vision.parameters()).requires_grad
+
+    def checkpoint_layers(self, count: int) -> None:
+        """The first `count` language layers, and with the first the vision tower, recompute their activations in the
+        backward pass instead of keeping them."""
+        if count == self.checkpointed:
+            return
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.checkpointing = True
+        for i, layer in enumerate(self.language.layers):
+            layer.gradient_checkpointing = i < count
+        for block in self.vision.blocks:
+            block.gradient_checkpointing = count > 0
+        self.checkpointed = min(count, len(self.language.layers))
 
     def picture_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
         """pixels (patches, C*t*p*p), grid (pictures, 3) on the CPU -> (picture tokens, H). No graph if frozen."""
-        vision, trained = self.config.vision_config, next(self.vision.parameters()).requires_grad
+        vision = self.config.vision_config
         sizes = tuple(tuple(size) for size in grid.tolist())
         plan = vision_plan(sizes, vision.spatial_merge_size, vision.window_size, vision.patch_size, pixels.device)
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             pixels = pixels.to(self.vision.patch_embed.proj.weight.dtype)
             return self.vision(pixels, grid_thw=grid, **plan).pooler_output
 
-    def embed(self, ids: Tensor, picture_rows: Tensor, pixels: Tensor | None, grid: Tensor | None) -> Tensor:
-        """ids (T,) -> (T, H), the rows of picture placeholders replaced by their features."""
+    def embed(self, ids: Tensor, picture_rows: Tensor, pixels: Tensor | None, grid: Tensor | None,
+              features: Tensor | None = None) -> Tensor:  # fmt: skip
+        """ids (T,) -> (T, H), the rows of picture placeholders replaced by their features, computed unless given."""
         embeds = self.language.embed_tokens(ids)  # (T, H)
-        if pixels is not None:
+        if pixels is not None and features is None:
             features = self.picture_features(pixels, grid)
+        if features is not None:
             assert len(features) == len(picture_rows), f"{len(features)} features, {len(picture_rows)} placeholders"
             return embeds.index_put((picture_rows,), features.to(embeds.dtype))
-        if torch.is_grad_enabled() and next(self.vision.parameters()).requires_grad:
+        if torch.is_grad_enabled() and self.trains_vision:
             # No picture here, but other ranks may have one: a pass of weight zero keeps the collectives in step.
             merge = self.config.vision_config.spatial_merge_size
             width = self.vision.patch_embed.proj.weight[0].numel()
@@ -351,19 +418,32 @@ class Policy(nn.Module):
             embeds = embeds + 0.0 * features.sum().to(embeds.dtype)
         return embeds
 
-    def forward(self, packed: Packed, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of every completion token: (M,), (M,), fp32. The head sees completion rows only."""
+    def hidden(self, packed: Packed) -> Tensor:
+        """The last hidden state of every row that predicts a completion token: (M, H)."""
         # transformers checkpoints in training mode only, and drops the decoding cache there: HFRollout sets it back.
         # Nothing else hangs on the mode, these models have no dropout.
-        self.model.train(self.checkpointing)
-        embeds = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid)  # (T, H)
+        if self.language.training != (self.checkpointed > 0):
+            self.model.train(self.checkpointed > 0)
+        embeds = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid, packed.features)  # (T, H)
         positions = torch.cat([packed.positions[:1], packed.positions])  # (4, T): transformers wants a text row first
         hidden = self.language(
             inputs_embeds=embeds.unsqueeze(0), position_ids=positions.unsqueeze(1),
             attention_mask={"full_attention": None}, layout=packed.layout, use_cache=False,
         ).last_hidden_state.squeeze(0)  # (T, H)  # fmt: skip
-        head = self.model.lm_head.weight  # (V, H)
-        return token_logprob(hidden[packed.rows], head, packed.targets, temperature=temperature, banned=self.banned)
+        return hidden[packed.rows]
+
+    def forward(self, packed: Packed, *, temperature: float = 1.0, scale: Tensor | None = None, **settings):
+        """Log-prob and entropy of every completion token, (M,) fp32 each. The head sees completion rows only.
+
+        With `scale` (M,), the weight of each token, and the settings of kernels/policy_loss.py: the loss () in one pass
+        over head and loss together, its statistics, and log-probs and entropy without a graph."""
+        head, own = self.model.lm_head.weight, dict(temperature=temperature, banned=self.banned, reference=not self.kernels)
+        if scale is None:
+            return token_logprob(self.hidden(packed), head, packed.targets, **own)
+        return linear_policy_loss(
+            self.hidden(packed), head, packed.targets, packed.advantages, scale, old_logp=packed.old_logp,
+            ref_logp=packed.ref_logp, rollout_logp=packed.rollout_logp if settings["importance_cap"] > 0 else None, **own, **settings,
+        )  # fmt: skip
 
     def next_logits(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache) -> Tensor:
         """One decoding step with a cache (HFRollout). embeds (B, t, H), positions (3, B, t), mask (B, 1, t, cached + t)
@@ -394,14 +474,13 @@ def vision_plan(sizes: tuple[tuple[int, int, int], ...], merge: int, window: int
     return {name: tensor.to(device) for name, tensor in plan.items()} | longest
 
 
-def load_policy(source: str, *, freeze_vision: bool = False, checkpointing: bool = False, **how) -> tuple[Policy, object]:
-    """A policy ready to train, and its processor; `how` goes to load_model."""
+def load_policy(source: str, *, freeze_vision: bool = False, never_stop: bool = False, **how) -> tuple[Policy, object]:
+    """A policy ready to train, and its processor; never_stop bans the stop tokens; `how` goes to load_model."""
     model, processor = load_model(source, **how)
-    policy = Policy(model, banned_ids(processor, model))
+    banned = banned_ids(processor, model, stop_ids(processor) if never_stop else ())
+    policy = Policy(model, banned, kernels=how.get("kernels", True))
     if freeze_vision:
         policy.freeze_vision()
-    if checkpointing:
-        policy.checkpoint_activations()
     return policy, processor
 
 

@@ -42,7 +42,8 @@ class MasterOptimizer:
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, kind: str = "adamw", weight_decay: float = 0.01,
-                 betas: tuple[float, float] = (0.9, 0.999), max_grad_norm: float = 1.0):  # fmt: skip
+                 betas: tuple[float, float] = (0.9, 0.999), max_grad_norm: float = 1.0,
+                 offload_moments: bool = False):  # fmt: skip
         named = [(name, p) for name, p in named if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
@@ -54,8 +55,14 @@ class MasterOptimizer:
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(_adder(master))
         fused = self.masters[0].is_cuda
+        self.offloaded: list[HostMoments] = []
         if kind == "adamw":
-            self.inner = [torch.optim.AdamW(self.masters, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=fused)]
+            adamw = dict(betas=betas, eps=1e-8, weight_decay=weight_decay, fused=fused)
+            if offload_moments and fused:
+                self.inner = [torch.optim.AdamW(bucket, **adamw) for bucket in buckets(self.masters)]
+                self.offloaded = [HostMoments(inner) for inner in self.inner]
+            else:
+                self.inner = [torch.optim.AdamW(self.masters, **adamw)]
         elif kind == "muon":
             matrices = [m for name, m in zip(self.names, self.masters) if is_block_matrix(name, m)]
             chosen = {id(m) for m in matrices}
@@ -86,15 +93,25 @@ class MasterOptimizer:
         value = float(norm)
         if math.isfinite(value):
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
-            for inner in self.inner:
-                for group in inner.param_groups:
-                    group["lr"] = lr
-                inner.step()
+            for group in (group for inner in self.inner for group in inner.param_groups):
+                group["lr"] = lr
+            if self.offloaded:
+                step_from_host(self.offloaded)
+            else:
+                for inner in self.inner:
+                    inner.step()
             for parameter, master in zip(self.params, self.masters):
                 if master is not parameter:
                     parameter.copy_(master)
         self.zero_grad()
         return value
+
+    def bytes_to_come(self) -> int:
+        """What the first step still allocates beside the masters: gradients, and moments that live on the GPU."""
+        trained = sum(m.numel() for m in self.masters)
+        have = any(inner.state for inner in self.inner)
+        gradients = 0 if self.masters[0].grad is not None else 4 * trained
+        return gradients + (0 if have or self.offloaded else 8 * trained)
 
     def state_dict(self) -> dict:
         return {"names": self.names, "masters": [m.detach() for m in self.masters],
@@ -109,8 +126,13 @@ class MasterOptimizer:
             master.copy_(saved)
             if master is not parameter:
                 parameter.copy_(master)
+        if len(state["inner"]) != len(self.inner):
+            raise ValueError("the checkpoint was written with another --offload-moments or --optimizer: give the old one")
         for inner, saved in zip(self.inner, state["inner"], strict=True):
-            inner.load_state_dict(saved)
+            if self.offloaded:
+                self.offloaded[self.inner.index(inner)].load(saved)
+            else:
+                inner.load_state_dict(saved)
 
 
 def _adder(master: Tensor):
@@ -129,3 +151,70 @@ def _adder(master: Tensor):
 def is_block_matrix(name: str, tensor: Tensor) -> bool:
     """True for the weights that Muon should step: matrices inside transformer blocks, not tables of embeddings."""
     return tensor.ndim == 2 and ("layers." in name or "blocks." in name)
+
+
+# ---------------------------------------------------------------- moments in host memory
+
+
+def buckets(masters: list[Tensor], elements: int = 1 << 28) -> list[list[Tensor]]:
+    """Consecutive parameters in parts of about `elements` numbers (1 GiB of fp32 each)."""
+    parts: list[list[Tensor]] = [[]]
+    for master in masters:
+        if parts[-1] and sum(m.numel() for m in parts[-1]) + master.numel() > elements:
+            parts.append([])
+        parts[-1].append(master)
+    return parts
+
+
+class HostMoments:
+    """Both moments of one AdamW in pinned host memory. They visit the GPU for its step only, 8 bytes a parameter that
+    neither the engine nor the activations have to leave room for."""
+
+    def __init__(self, inner: torch.optim.AdamW):
+        self.inner = inner
+        self.masters = [p for group in inner.param_groups for p in group["params"]]
+        self.host = torch.zeros(2, sum(p.numel() for p in self.masters), pin_memory=True)
+        self.steps = [torch.zeros((), device=p.device) for p in self.masters]
+        self.point_at(self.host)
+
+    def point_at(self, moments: Tensor) -> None:
+        """Both moments of every parameter become views of `moments` (2, elements)."""
+        sizes = [p.numel() for p in self.masters]
+        for p, step, m, v in zip(self.masters, self.steps, moments[0].split(sizes), moments[1].split(sizes)):
+            self.inner.state[p] = {"step": step, "exp_avg": m.view_as(p), "exp_avg_sq": v.view_as(p)}
+
+    def fetch(self) -> Tensor:
+        return self.host.to(self.masters[0].device, non_blocking=True)
+
+    def load(self, saved: dict) -> None:
+        sizes = [p.numel() for p in self.masters]
+        state = [saved["state"][i] for i in range(len(sizes))]
+        for i, key in enumerate(("exp_avg", "exp_avg_sq")):
+            for part, one in zip(self.host[i].split(sizes), state):
+                part.copy_(one[key].flatten())
+        for step, one in zip(self.steps, state):
+            step.copy_(one["step"])
+
+
+def step_from_host(parts: list[HostMoments]) -> None:
+    """One step of every part. While one computes, the next one's moments come in and the last one's go out."""
+    compute, coming, going = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
+    coming.wait_stream(compute)
+    with torch.cuda.stream(coming):
+        moments = parts[0].fetch()
+    for i, part in enumerate(parts):
+        compute.wait_stream(coming)
+        moments.record_stream(compute)
+        part.point_at(moments)
+        if i + 1 < len(parts):
+            with torch.cuda.stream(coming):
+                following = parts[i + 1].fetch()
+        part.inner.step()
+        going.wait_stream(compute)
+        with torch.cuda.stream(going):
+            part.host.copy_(moments, non_blocking=True)
+            moments.record_stream(going)
+        part.point_at(part.host)
+        if i + 1 < len(parts):
+            moments = following
+    going.synchronize()  # the host copy is read next by a checkpoint, or by the next step

@@ -321,6 +321,7 @@ class VLLMRollout:
         """Memory for weights, the weights, then memory for the cache; everything computed with old weights is dropped."""
         with self._watch("sync"):
             if self.asleep:
+                torch.cuda.empty_cache()  # what the trainer holds in reserve is the engine's now
                 self.llm.wake_up(tags=["weights"])
             if self.kind == "cuda":  # in place, through vLLM's own loader, which stacks q, k, v and gate, up
                 sent = self.llm.apply_model(lambda model: model.load_weights(weights))[0]
@@ -367,11 +368,16 @@ class VLLMRollout:
         params = [
             self.vllm.SamplingParams(
                 n=n // copies, max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, logprobs=0,
-                seed=prompt_seed(seed, i), flat_logprobs=True, detokenize=False, ignore_eos=True, stop_token_ids=self.stop,
+                seed=None if self.kind == "cuda" else prompt_seed(seed, i), flat_logprobs=True, detokenize=False,
+                ignore_eos=True, stop_token_ids=self.stop,
             )
             for i in range(len(prompts))
         ]  # fmt: skip
-        with self._watch("generate"), torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator
+        devices = [torch.cuda.current_device()] if self.kind == "cuda" else []  # the sampler draws from global generators
+        with self._watch("generate"), torch.random.fork_rng(devices=devices):
+            if self.kind == "cuda":  # a seed a request costs a kernel a request and token; so one for the call, from empty caches
+                torch.cuda.manual_seed(seed)
+                self.llm.reset_prefix_cache()
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             if output.prompt_token_ids != prompt.expanded:

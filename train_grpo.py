@@ -29,10 +29,12 @@ import tyro
 from torch import Tensor
 
 import dry_run
+import memory
 import ranks
 import scoring
+import speed
 from data.dataset import encode, encode_rows, load_rows
-from kernels.policy_loss import KL_ESTIMATORS, policy_loss
+from kernels.policy_loss import KL_ESTIMATORS
 from metrics import Clock, LossStats, reward_metrics
 from model import (
     Packed, Policy, frozen_copy, load_policy, pack, pack_groups, reduce_gradients, save_hf, weights,
@@ -62,6 +64,7 @@ class Config:
     max_pixels: int = 2048 * 2048
     max_prompt_tokens: int = 6144  # longer prompts are dropped at load, and counted
     max_completion_tokens: int = 2048
+    fixed_length: bool = False  # stop tokens are banned: every completion runs to the limit (measurements)
 
     # sampling
     prompts_per_step: int = 512  # over all ranks
@@ -105,7 +108,9 @@ class Config:
     max_grad_norm: float = 1.0
     max_skipped: int = 10  # optimiser steps in a row with a non-finite gradient before the run stops
     freeze_vision: bool = False
-    checkpointing: bool = False  # recompute activations in the backward pass
+    offload_moments: bool = False  # AdamW's moments in host memory but for its step: 8 bytes a parameter of GPU memory
+    checkpoint_layers: int | None = None  # language layers whose activations are recomputed; None: as few as memory needs
+    kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
     device: str = "auto"
 
@@ -114,11 +119,22 @@ class Config:
     save_every: int = 5
     keep: int = 2  # checkpoints
     samples_every: int = 5
+    report_speed: bool = False  # log tokens, MFU, HFU and memory; print a table of phases at the end
+    profile_step: int | None = None  # write a torch profile of this step's update to the run folder
 
 
 SPATIALTHINKER = Config(
     model="Qwen/Qwen2.5-VL-7B-Instruct", data="OX-PIXL/STVQA-7K@train", val_data="OX-PIXL/STVQA-7K@val", val_limit=None,
-    name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, checkpointing=True,
+    name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, token_budget=8192, offload_moments=True,
+)  # fmt: skip
+
+# The recipe's flags on random weights and noise; reward at random, because random text has none. One optimiser step a
+# rollout, as the peer of docs/performance.md does it.
+BENCH = replace(
+    SPATIALTHINKER, model="random:3b", data="noise:588x448:270@train", val_data=None, limit=64, name="bench-3b", style="row",
+    min_pixels=784, max_prompt_tokens=1536, max_completion_tokens=512, fixed_length=True, prompts_per_step=16,
+    reward="bench/random_reward.py:reward", engine_memory=0.35, mini_batches=1, steps=4, val_every=0, save_every=1000,
+    samples_every=1000, report_speed=True,
 )  # fmt: skip
 
 PRESETS = {
@@ -140,10 +156,13 @@ PRESETS = {
         "SpatialThinker on Qwen2.5-VL-7B as published: 512 prompts x 8, 75 steps (4 GPUs, 60 H100-hours published).",
         SPATIALTHINKER,
     ),
+    "bench-3b": ("Speed of the 3B recipe on this box, random weights, no files needed: 16 prompts x 8 x 512 tokens.", BENCH),
+    "bench-7b": ("The same in the shape of the 7B.", replace(BENCH, model="random:7b", name="bench-7b")),
 }  # fmt: skip
 
 
 NORMALIZERS = ("token", "sequence")
+KERNELS = ("auto", "reference")
 
 # ---------------------------------------------------------------- the algorithm
 
@@ -194,14 +213,13 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
         pack(prompts[part], groups[part], policy.config, token_budget=cfg.token_budget, advantages=advantages[part])
         for part in parts
     ]
+    everything = [packed for packs in batches for packed in packs]
+    policy.checkpoint_layers(memory.layers_to_checkpoint(policy, optimizer, everything, cfg.checkpoint_layers))
+    if reference is not None or cfg.mini_batches > 1:
+        passes_before(policy, reference, everything, cfg)
     stats = LossStats(policy.device)
-    with torch.no_grad():
-        for packed in (p for packs in batches for p in packs):
-            on_device = packed.to(policy.device)
-            if reference is not None:
-                packed.ref_logp = reference(on_device, temperature=cfg.temperature)[0]
-            if cfg.mini_batches > 1:  # with one optimiser step the forward of that step is the old policy
-                packed.old_logp = policy(on_device, temperature=cfg.temperature)[0]
+    settings = dict(importance_cap=cfg.importance_cap, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+                    kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef)  # fmt: skip
 
     for i, packs in enumerate(batches):
         tokens, sequences, most = global_counts(packs, policy.device)
@@ -209,23 +227,34 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
         packs = packs + [replace(packs[0], loss_mask=torch.zeros_like(packs[0].loss_mask))] * (most - len(packs))
         for packed in packs:
             packed = packed.to(policy.device)
-            logp, entropy = policy(packed, temperature=cfg.temperature)
             scale = token_scale(packed, cfg.normalize, tokens, sequences)
-            loss, seen = policy_loss(
-                logp, packed.advantages, scale, old_logp=packed.old_logp, ref_logp=packed.ref_logp,
-                rollout_logp=packed.rollout_logp if cfg.importance_cap > 0 else None, importance_cap=cfg.importance_cap,
-                clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
-                kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef,
-            )  # fmt: skip
+            loss, seen, logp, _ = policy(packed, temperature=cfg.temperature, scale=scale, **settings)
             loss.backward()
-            stats.add({**seen, "entropy_sum": (entropy.detach() * (scale > 0)).sum()})
+            stats.add(seen)
             if packed.old_logp is not None or len(batches) == 1:  # nothing was updated since these were sampled
-                stats.add_gap(logp.detach() if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
+                stats.add_gap(logp if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
         reduce_gradients(optimizer.gradients)
         rate = learning_rate(step * cfg.mini_batches + i, peak=cfg.lr, schedule=cfg.schedule,
                              warmup_steps=cfg.warmup_steps, total_steps=cfg.steps * cfg.mini_batches)  # fmt: skip
         stats.norms.append(optimizer.step(lr=rate))
-    return stats.result() | {"optim/lr": rate, "optim/skipped_in_a_row": trailing_skips(stats.norms)}
+    packed_tokens = float(sum(ranks.gather(sum(len(packed.ids) for packed in everything))))
+    return stats.result() | {"optim/lr": rate, "optim/skipped_in_a_row": trailing_skips(stats.norms),
+                             "speed/packed_tokens": packed_tokens, "speed/checkpointed_layers": float(policy.checkpointed)}  # fmt: skip
+
+
+@torch.no_grad()
+def passes_before(policy: Policy, reference: Policy | None, packs: list[Packed], cfg: Config) -> None:
+    """Writes into the packs what stays fixed over the optimiser steps of a rollout: reference and old log-probs, and the
+    features of a vision tower that is not trained, the reference's own then."""
+    for packed in packs:
+        on_device = packed.to(policy.device)
+        if packed.pixels is not None and not policy.trains_vision:
+            packed.features = on_device.features = policy.picture_features(on_device.pixels, packed.grid)
+            packed.pixels = on_device.pixels = None
+        if reference is not None:
+            packed.ref_logp = reference(on_device, temperature=cfg.temperature)[0]
+        if cfg.mini_batches > 1:  # with one optimiser step the forward of that step is the old policy
+            packed.old_logp = policy(on_device, temperature=cfg.temperature)[0]
 
 
 def trailing_skips(norms: list[float]) -> float:
@@ -287,7 +316,8 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
     for flag, value, known in (("normalize", cfg.normalize, NORMALIZERS), ("kl", cfg.kl, KL_ESTIMATORS),
-                               ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS)):  # fmt: skip
+                               ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS),
+                               ("kernels", cfg.kernels, KERNELS)):  # fmt: skip
         if value not in known:
             raise ValueError(f"--{flag} {value}: one of {', '.join(known)}")
 
@@ -352,7 +382,7 @@ def main(cfg: Config) -> None:
         with runs.one_line_errors():
             policy, processor = load_policy(
                 cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
-                freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
+                freeze_vision=cfg.freeze_vision, never_stop=cfg.fixed_length, kernels=cfg.kernels == "auto",
             )  # fmt: skip
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
@@ -373,7 +403,7 @@ def main(cfg: Config) -> None:
 
 # Settings that a resumed run may change without becoming another run.
 MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
-              "dry_run", "engine_memory", "engine_eager", "sleep_level")  # fmt: skip
+              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step")  # fmt: skip
 
 
 def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank: int):
@@ -415,11 +445,12 @@ def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> None:
 
 def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, rank: int, world: int) -> None:
     """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
-    reference = frozen_copy(policy) if dry_run.uses_reference(cfg) else None
+    reference = frozen_copy(policy) if cfg.kl != "none" and cfg.kl_coef > 0 else None
     optimizer = MasterOptimizer(
         policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
-        max_grad_norm=cfg.max_grad_norm,
+        max_grad_norm=cfg.max_grad_norm, offload_moments=cfg.offload_moments,
     )  # fmt: skip
+    meter = speed.Meter(policy, passes=(reference is not None) + (cfg.mini_batches > 1)) if cfg.report_speed else None
     start, cursor, skipped = 0, 0, 0
     if cfg.resume and (newest := runs.latest_checkpoint(run)):
         state = restore(newest[1], optimizer, rank)
@@ -452,7 +483,8 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
         rewards, parts = score(pool, own, groups)  # (B, G)
         advantages = group_advantages(rewards, scale_by_std=cfg.scale_by_std)  # (B, G)
         clock.lap("reward")
-        metrics |= train_step(policy, reference, optimizer, prompts, groups, advantages, cfg, step=step)
+        with speed.profiled(run / "profile" if step == cfg.profile_step and rank == 0 else None):
+            metrics |= train_step(policy, reference, optimizer, prompts, groups, advantages, cfg, step=step)
         clock.lap("update")
 
         metrics |= reward_metrics("reward", parts, groups)
@@ -466,6 +498,8 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
             metrics |= {f"final_{name}": value for name, value in after.items()}
             clock.lap("validate")
         metrics |= clock.metrics()
+        if meter:
+            metrics |= meter.read(metrics, groups)
         if rank == 0:
             runs.log_metrics(run, step, metrics)
             if step % cfg.samples_every == 0 or last:
@@ -478,6 +512,8 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
         if stopping:
             break
     progress.close()
+    if meter and rank == 0:
+        print(speed.report(runs.read_lines(run / "metrics.jsonl"), cfg, world))
     if rank == 0:
         print(f"{run}: metrics.jsonl, samples.jsonl, reward.png, {', '.join(p.name for p in sorted(run.glob('step_*')))}")
 

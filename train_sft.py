@@ -23,6 +23,7 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
+import memory
 import ranks
 import rewards
 import scoring
@@ -68,7 +69,8 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
-    checkpointing: bool = False
+    checkpoint_layers: int | None = None  # see train_grpo.py
+    kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
     dtype: str = "auto"
     device: str = "auto"
 
@@ -143,10 +145,12 @@ def response_of(row: dict, cfg: Config) -> str:
     return response_text(row, letter=mistaken_letter(row) if careless else row["gold"])
 
 
-def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float) -> dict[str, float]:
+def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float,
+             checkpoint_layers: int | None = None) -> dict[str, float]:  # fmt: skip
     """One optimiser step on this rank's micro-batches; the loss is the mean over all ranks' response tokens."""
     tokens, sequences, _ = global_counts(packs, policy.device)
     total = torch.zeros((), device=policy.device)
+    policy.checkpoint_layers(memory.layers_to_checkpoint(policy, optimizer, packs, checkpoint_layers))
     for packed in packs:
         packed = packed.to(policy.device)
         logp, _ = policy(packed)
@@ -173,7 +177,7 @@ def main(cfg: Config) -> None:
         with runs.one_line_errors():
             policy, processor = load_policy(
                 cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
-                freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
+                freeze_vision=cfg.freeze_vision, kernels=cfg.kernels == "auto",
             )  # fmt: skip
             endless = cfg.limit is None and cfg.data.startswith("scenes")
             rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
@@ -211,7 +215,7 @@ def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, ran
         metrics, rate = {}, learning_rate(step, peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps,
                                           total_steps=cfg.steps)  # fmt: skip
         clock.lap("data")
-        metrics |= sft_step(policy, optimizer, packs, lr=rate)
+        metrics |= sft_step(policy, optimizer, packs, lr=rate, checkpoint_layers=cfg.checkpoint_layers)
         clock.lap("update")
         last, stopping = step + 1 == cfg.steps, any(ranks.gather(stop.requested))
         if val_rows and not stopping and (last or (cfg.val_every and (step + 1) % cfg.val_every == 0)):

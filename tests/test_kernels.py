@@ -54,21 +54,21 @@ def test_the_triton_kernels_pass_under_the_interpreter():
 
 def token_by_token(q, k, v, layout, scale):
     """Softmax of every single row over the columns it may see, written out."""
-    rows, start = [], 0
+    out, first, begin = torch.empty_like(q), 0, layout.prompt_tokens  # all prompts, then all completions
     for prompt, completions in layout.groups:
-        segments, begin = [(start, start + prompt, start)], start + prompt  # (first, past, where its context begins)
+        segments = [(first, first + prompt, first)]  # (first row, past the last, where its own context begins)
         for n in completions:
             segments.append((begin, begin + n, begin))
             begin += n
-        for s, (first, past, own) in enumerate(segments):
-            for row in range(first, past):
-                columns = list(range(start, start + prompt)) * (s > 0) + list(range(own, row + 1))
+        for s, (start, past, own) in enumerate(segments):
+            for row in range(start, past):
+                columns = list(range(first, first + prompt)) * (s > 0) + list(range(own, row + 1))
                 for head in range(q.shape[1]):
                     kv = head * k.shape[1] // q.shape[1]
                     weight = (k[columns, kv] @ q[row, head] * scale).softmax(0)
-                    rows.append(weight @ v[columns, kv])
-        start = begin
-    return torch.stack(rows).view(q.shape)
+                    out[row, head] = weight @ v[columns, kv]
+        first += prompt
+    return out
 
 
 LAYOUTS = {

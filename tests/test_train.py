@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import model as model_module
 import scoring
 import train_grpo
-from kernels.policy_loss import policy_loss
+from kernels.linear_policy_loss import linear_policy_loss
 from model import load_model
 from rollout import HFRollout
 from train_grpo import PRESETS, Config
@@ -256,10 +257,10 @@ def test_rule_11_too_many_skipped_steps_stop_the_run(tmp_path, reward_file, monk
     """Weights stay as they were, the count is in the metrics, and the run ends with a reason."""
 
     def poisoned(*args, **kwargs):
-        loss, stats = policy_loss(*args, **kwargs)
-        return loss * math.inf, stats
+        loss, *rest = linear_policy_loss(*args, **kwargs)
+        return loss * math.inf, *rest
 
-    monkeypatch.setattr(train_grpo, "policy_loss", poisoned)
+    monkeypatch.setattr(model_module, "linear_policy_loss", poisoned)
     with pytest.raises(RuntimeError, match="non-finite gradient"):
         run(tmp_path, small(reward_file, max_skipped=5, save_every=1, steps=40))
     folder = tmp_path / "runs" / "run"
@@ -337,16 +338,16 @@ def test_checkpointing_saves_memory_and_changes_nothing(straight, tmp_path, rewa
             return inner(self, packed, **kwargs)
 
     monkeypatch.setattr(train_grpo.Policy, "forward", counting)
-    found = {}
-    for checkpointing in (False, True):
+    found = []
+    for layers in (0, 1, 2):
         kept[0] = 0
-        cfg = small(
-            reward_file, model=model, steps=1, checkpointing=checkpointing, name=f"checkpointing-{checkpointing}"
-        )
-        found[checkpointing] = metrics_of(run(tmp_path, cfg))[0], kept[0]
-    (plain, full), (same, less) = found[False], found[True]
-    assert same == pytest.approx(plain, rel=1e-4, abs=1e-6)
-    assert less < 0.7 * full
+        cfg = small(reward_file, model=model, steps=1, checkpoint_layers=layers, name=f"checkpointing-{layers}")
+        metrics = metrics_of(run(tmp_path, cfg))[0]
+        assert metrics.pop("speed/checkpointed_layers") == layers
+        found.append((metrics, kept[0]))
+    (plain, full), (half, some), (same, less) = found
+    assert same == pytest.approx(plain, rel=1e-4, abs=1e-6) and half == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert less < some < full and less < 0.7 * full
 
 
 def test_validation_is_greedy_and_at_its_steps(tmp_path, reward_file):
