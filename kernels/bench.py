@@ -117,7 +117,8 @@ def liger_grpo(precision: str):
     """Liger's fused GRPO loss on the same rows, as 16 padded sequences; `precision` of its fp32 products."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    module = LigerFusedLinearGRPOLoss(beta=KL["kl_coef"], use_ref_model=True, epsilon_low=0.2, epsilon_high=0.3, loss_type="dapo")
+    options = dict(beta=KL["kl_coef"], use_ref_model=True, epsilon_low=0.2, epsilon_high=0.3, loss_type="dapo")
+    module = LigerFusedLinearGRPOLoss(**options)
 
     def run(b: Batch):
         before = torch.get_float32_matmul_precision()
@@ -167,7 +168,8 @@ def tables(compiled: bool) -> dict[str, dict]:
 
     logprobs = logprob_providers(compiled)
     losses = {"ours, single pass": single_pass, "ours, log-probs then loss": loss_of(token_logprob, False)}
-    losses |= {f"{name}, then our loss": loss_of(f, name.startswith("torch")) for name, f in logprobs.items() if name != "ours"}
+    peers = {name: function for name, function in logprobs.items() if name != "ours"}
+    losses |= {f"{name}, then our loss": loss_of(function, name.startswith("torch")) for name, function in peers.items()}
     try:
         losses |= {"Liger GRPO, fp32 (its default)": liger_grpo("highest"), "Liger GRPO, TF32": liger_grpo("high")}
     except ImportError as error:
@@ -239,11 +241,10 @@ def errors(runs: dict, table: str, batch: Batch, exact: dict) -> dict[str, dict]
     names = ("logp", "entropy", "dX", "dW")[-len(wanted) :]
     for name, run in runs.items():
         results = run(batch)[-len(wanted) :] if not table.endswith("no gradient") else run(batch)
-        pairs = zip(names, results, wanted)
-        out[name] = {
-            what: float(((got.double() - want).norm() / want.norm()) if what[0] == "d" else (got.double() - want).abs().max())
-            for what, got, want in pairs
-        }
+        out[name] = {}
+        for what, got, want in zip(names, results, wanted):
+            gap = got.double() - want
+            out[name][what] = float(gap.norm() / want.norm() if what[0] == "d" else gap.abs().max())
     return out
 
 
@@ -260,8 +261,8 @@ def exact_results(b: Batch) -> dict[str, list[Tensor]]:
 
 
 def clocks() -> str:
-    query = "name,clocks.sm,power.draw,temperature.gpu"
-    done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"], capture_output=True, text=True)
+    query = "--query-gpu=name,clocks.sm,power.draw,temperature.gpu"
+    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader", "-i", "0"], capture_output=True, text=True)
     return done.stdout.strip() or "nvidia-smi says nothing"
 
 
@@ -294,9 +295,9 @@ def sweep(shape: str, weight: Tensor, providers: dict, rows: tuple, rounds: int)
         keep = {k: v for k, v in providers.items() if k == "ours, single pass" or (k.startswith("TRL") and count <= 32_768)}
         found = measure(keep, batch, max(3, rounds // 2 if count <= 8192 else rounds // 8))
         base = median(found["cuBLAS"]["ms"]) * count / min(count, ROWS)
-        ours = found["ours, single pass"]
-        peer = [f"{median(v['ms']):.2f}" for k, v in found.items() if k.startswith("TRL")]
-        print(f"| {count} | {median(ours['ms']):.2f} | {3 * base / median(ours['ms']):.0%} | {ours['transient']:.2f} | {''.join(peer)} |")
+        ours, memory = median(found["ours, single pass"]["ms"]), found["ours, single pass"]["transient"]
+        peer = "".join(f"{median(v['ms']):.2f}" for k, v in found.items() if k.startswith("TRL"))
+        print(f"| {count} | {ours:.2f} | {3 * base / ours:.0%} | {memory:.2f} | {peer} |")
         out[count] = found
         del batch
         torch.cuda.empty_cache()
@@ -328,7 +329,8 @@ def main() -> None:
             torch.cuda.empty_cache()
         del exact
         counts = (1024, 131_072) if args.quick else SWEEP
-        everything[f"{shape}: rows"] = sweep(shape, batch.weight, providers["policy loss, forward and backward"], counts, rounds)
+        losses = providers["policy loss, forward and backward"]
+        everything[f"{shape}: rows"] = sweep(shape, batch.weight, losses, counts, rounds)
     print(f"\n{clocks()}; {time.time() - began:.0f} s in all")
     if args.out:
         with open(args.out, "w") as file:

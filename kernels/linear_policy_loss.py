@@ -114,10 +114,10 @@ def linear_policy_loss(
     """
     check_inputs(hidden, weight, targets, temperature, banned)
     if loss == "gspo":
-        raise ValueError("gspo weighs whole sequences, the single pass sees single tokens: use token_logprob and policy_loss")
-    arguments = dict(loss=loss, old_logp=old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp, importance_cap=importance_cap,
-                     clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl, kl_coef=kl_coef,
-                     entropy_coef=entropy_coef, lengths=None)  # fmt: skip
+        raise ValueError("gspo weighs whole sequences, the single pass sees tokens: use token_logprob and policy_loss")
+    arguments = dict(loss=loss, old_logp=old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp, lengths=None,
+                     importance_cap=importance_cap, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl,
+                     kl_coef=kl_coef, entropy_coef=entropy_coef)  # fmt: skip
     check_arguments(targets, advantages=advantages, scale=scale, entropy=targets, **arguments)
     if reference or not has_kernel(hidden) or not len(hidden):
         logp, entropy = token_logprob(
@@ -132,7 +132,8 @@ def linear_policy_loss(
     total, partials, logp, entropy = _LinearPolicyLoss.apply(
         hidden, weight, targets, advantages, scale, temperature, banned, arguments, chunk_rows, need
     )
-    return total, reduce_partials(partials, kl=kl != "none", rollout=rollout_logp is not None, entropy=True)[1], logp, entropy
+    _, stats = reduce_partials(partials, kl=kl != "none", rollout=rollout_logp is not None, entropy=True)
+    return total, stats, logp, entropy
 
 
 # ---------------------------------------------------------------- check
@@ -151,7 +152,8 @@ def check(device: str) -> None:
     banned = torch.arange(301, device=device) >= 290
     with torch.no_grad():
         start, _ = token_logprob(hidden.double(), weight.double(), targets, temperature=0.7, banned=banned, reference=True)
-    near = {name: (start + torch.randn(37, device=device) * 0.3).float() for name in ("old_logp", "ref_logp", "rollout_logp")}
+    names = ("old_logp", "ref_logp", "rollout_logp")
+    near = {name: (start + 0.3 * torch.randn(37, device=device)).float() for name in names}
     kwargs = dict(importance_cap=2.0, kl="k3", kl_coef=0.1, entropy_coef=0.05, temperature=0.7, banned=banned)
     ours = linear_policy_loss(hidden, weight, targets, advantages, scale, chunk_rows=8, **near, **kwargs)
     double = {name: x.double() for name, x in near.items()}

@@ -185,7 +185,9 @@ def token_logprob(
     """
     check_inputs(hidden, weight, targets, temperature, banned)
     if reference or not has_kernel(hidden):
-        return token_logprob_reference(hidden, weight, targets, temperature=temperature, banned=banned, chunk_rows=chunk_rows)
+        return token_logprob_reference(
+            hidden, weight, targets, temperature=temperature, banned=banned, chunk_rows=chunk_rows
+        )
     chunk_rows = chunk_rows or rows_per_chunk(len(weight), hidden.itemsize)
     return _TokenLogprob.apply(hidden, weight, targets, temperature, banned, chunk_rows)
 

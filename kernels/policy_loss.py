@@ -191,9 +191,10 @@ if triton is not None:
         return value, slope
 
     @triton.jit
-    def _policy_loss(logp, old, log_ratio, ref, rollout, advantages, scale, entropy, dpolicy, dkl, partials, count, cap, log_low,
-                     log_high, clip_high, dual, kl_coef, entropy_coef, LOSS: tl.constexpr, KL: tl.constexpr,
-                     OLD: tl.constexpr, ROLLOUT: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    def _policy_loss(logp, old, log_ratio, ref, rollout, advantages, scale, entropy, dpolicy, dkl, partials, count,
+                     cap, log_low, log_high, clip_high, dual, kl_coef, entropy_coef,
+                     LOSS: tl.constexpr, KL: tl.constexpr, OLD: tl.constexpr, ROLLOUT: tl.constexpr,
+                     ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
         block = tl.program_id(0)
         i = block * BLOCK + tl.arange(0, BLOCK)
         inside = i < count
@@ -267,7 +268,9 @@ if triton is not None:
 # ---------------------------------------------------------------- wrappers
 
 
-def check_arguments(logp: Tensor, *, loss: str, kl: str, lengths: Tensor | None, clip_low: float, entropy_coef: float, **others):
+def check_arguments(
+    logp: Tensor, *, loss: str, kl: str, lengths: Tensor | None, clip_low: float, entropy_coef: float, **others
+) -> None:
     """One line for what does not fit: ValueError for a name nobody knows, an assertion for everything else."""
     for name, x in others.items():
         fits = not isinstance(x, Tensor) or x.shape == logp.shape
@@ -367,9 +370,9 @@ def policy_loss(
     Statistics whose name ends in `_sum` are sums over tokens with scale > 0 (divide by `token_sum`), those in `_max`
     and `_min` extremes; they are detached and stay on the device. `reference=True`, or no GPU: plain torch.
     """
-    arguments = dict(loss=loss, old_logp=old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp, importance_cap=importance_cap,
-                     clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl, kl_coef=kl_coef, lengths=lengths,
-                     entropy_coef=entropy_coef)  # fmt: skip
+    arguments = dict(loss=loss, old_logp=old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp, lengths=lengths,
+                     importance_cap=importance_cap, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl=kl,
+                     kl_coef=kl_coef, entropy_coef=entropy_coef)  # fmt: skip
     check_arguments(logp, advantages=advantages, scale=scale, entropy=entropy, **arguments)
     present = dict(kl=kl != "none", rollout=rollout_logp is not None, entropy=entropy is not None)
     if not len(logp):  # nothing to add up, and still attached to the graph
@@ -397,8 +400,9 @@ def check(device: str) -> None:
     for loss in LOSSES:
         for kl in KL_ESTIMATORS:
             ours, stats = policy_loss(logp, advantages, scale, loss=loss, kl=kl, **kwargs)
-            double = {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in kwargs.items()}
-            exact, wanted = policy_loss_reference(logp.double(), advantages.double(), scale.double(), loss=loss, kl=kl, **double)
+            wide = {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in kwargs.items()}
+            given = (x.double() for x in (logp, advantages, scale))
+            exact, wanted = policy_loss_reference(*given, loss=loss, kl=kl, **wide)
             torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(stats, wanted, rtol=1e-5, atol=1e-4)
             (got,), (want,) = (torch.autograd.grad(x, logp) for x in (ours, exact))

@@ -48,7 +48,8 @@ def compile_for_hopper(function, types, constants, warps, aligned=()):
 
 ROW = dict(logits="*bf16", stride="i32", targets="*i64", banned="*u8", columns="i32", inverse_temperature="fp32")
 STATS = ROW | dict(logp_out=FLOAT, lse_out=FLOAT, entropy_out=FLOAT)
-DZ = ROW | dict.fromkeys(("logp", "lse", "entropy", "dlogp", "dentropy"), FLOAT) | dict(out="*bf16", out_stride="i32", first="i32")
+DZ = ROW | dict.fromkeys(("logp", "lse", "entropy", "dlogp", "dentropy"), FLOAT)
+DZ |= dict(out="*bf16", out_stride="i32", first="i32")
 ROW_FLAGS = dict(IGNORE=row_logprob.IGNORE, BLOCK=row_logprob.BLOCK)
 
 
@@ -66,9 +67,8 @@ def test_row_kernels_compile_without_spills(dtype, banned, aligned):
         assert not aligned or registers <= 85, "three rows share an SM: fewer, and loads stand uncovered"
 
 
-LOSS = dict.fromkeys(("logp", "old", "log_ratio", "ref", "rollout", "advantages", "scale", "entropy", "dpolicy", "dkl",
-                      "partials"), FLOAT) | dict(count="i32") | dict.fromkeys(
-                      ("cap", "log_low", "log_high", "clip_high", "dual", "kl_coef", "entropy_coef"), "fp32")  # fmt: skip
+LOSS = dict.fromkeys("logp old log_ratio ref rollout advantages scale entropy dpolicy dkl partials".split(), FLOAT)
+LOSS |= dict(count="i32") | dict.fromkeys("cap log_low log_high clip_high dual kl_coef entropy_coef".split(), "fp32")
 
 
 @pytest.mark.parametrize("kl", policy_loss.KL_ESTIMATORS)

@@ -42,7 +42,8 @@ def test_the_triton_kernels_pass_under_the_interpreter():
     """TRITON_INTERPRET has to be set before the first import, hence a process of its own: fp32, small blocks, no GPU."""
     pytest.importorskip("triton")
     files = [f"tests/test_{name}.py" for name in ("row_logprob", "logprob", "policy_loss", "linear_policy_loss")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-W", "ignore", "-m", "triton", *files]
+    options = ["-q", "-p", "no:cacheprovider", "--noconftest", "-W", "ignore", "-m", "triton"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

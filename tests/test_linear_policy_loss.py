@@ -18,7 +18,8 @@ def batch(rows=37, vocabulary=101):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         start = token_logprob(hidden, weight, targets, banned=banned, temperature=0.7, reference=True)[0].cpu()
-    near = {name: (start + 0.3 * torch.randn(rows, generator=generator)).to(DEVICE) for name in ("old_logp", "ref_logp", "rollout_logp")}
+    names = ("old_logp", "ref_logp", "rollout_logp")
+    near = {name: (start + 0.3 * torch.randn(rows, generator=generator)).to(DEVICE) for name in names}
     advantages, scale = torch.randn(rows, generator=generator), torch.rand(rows, generator=generator)
     scale[::6] = 0
     if rows > 4:
@@ -53,7 +54,8 @@ def test_the_reference_is_the_two_calls():
     hidden, weight, targets, advantages, scale = arguments
     ours = linear_policy_loss(*arguments, **near, **options, **CLIPPED, reference=True)
     logp, entropy = token_logprob(hidden, weight, targets, **options, reference=True)
-    loss, stats = policy_loss(logp, advantages, scale.masked_fill(targets == -100, 0), entropy=entropy, **near, **CLIPPED, reference=True)
+    scale = scale.masked_fill(targets == -100, 0)
+    loss, stats = policy_loss(logp, advantages, scale, entropy=entropy, **near, **CLIPPED, reference=True)
     assert torch.equal(ours[0], loss) and torch.equal(ours[2], logp) and torch.equal(ours[3], entropy)
     assert all(torch.equal(ours[1][name], stats[name]) for name in stats) and "entropy_sum" in stats
     for x, y in zip(*(torch.autograd.grad(z, (hidden, weight)) for z in (ours[0], loss))):
@@ -182,8 +184,12 @@ def test_the_single_pass_holds_one_chunk_of_logits(monkeypatch):
     arguments, near, options = batch(rows=64, vocabulary=500)
     shapes = []
     for name in ("row_stats", "row_dz"):
-        inner = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda z, *a, inner=inner, **k: shapes.append((z.data_ptr(), tuple(z.shape))) or inner(z, *a, **k))
+
+        def spy(logits, *args, inner=getattr(module, name), **kwargs):
+            shapes.append((logits.data_ptr(), tuple(logits.shape)))
+            return inner(logits, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, spy)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         linear_policy_loss(*arguments, **near, **options, chunk_rows=8)
