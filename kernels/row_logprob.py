@@ -87,73 +87,101 @@ if triton is not None:
         return tl.where(near, (u - 1.0) * (x / tl.log(tl.where(near, u, 0.5))), tl.where(u == 1.0, x, u - 1.0))
 
     @triton.jit
+    def _fold(x, top, sums, weighted, scale):
+        # One block of logits into the running sums. Lane by lane: only the maximum needs the whole program, and only a
+        # new one touches what was summed. In powers of 2, where x scale - top is one fused multiply-add.
+        high = tl.max(x, axis=0) * scale
+        if high > top:
+            moved = tl.where(top == -float("inf"), 0.0, top - high)
+            weighted = (weighted + moved * sums) * tl.exp2(moved)
+            sums = sums * tl.exp2(moved)
+            top = high
+        # The floor keeps 0 x -inf out of `weighted`; nan passes.
+        delta = tl.maximum(x * scale - tl.where(top == -float("inf"), 0.0, top), -1000.0, propagate_nan=tl.PropagateNan.ALL)
+        e = tl.exp2(delta)
+        return top, sums + e, weighted + e * delta
+
+    @triton.jit
     def _row_stats(logits, stride, targets, banned, logp_out, lse_out, entropy_out, columns, inverse_temperature,
                    IGNORE: tl.constexpr, BANNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)  # rows x stride passes 2^31
+        logits += row * stride
         target = tl.load(targets + row).to(tl.int32)
-        top = -float("inf")  # running maximum; not 0, or a row of all-negative logits underflows
-        others = 0.0  # sum of exp(z - top) over all but the target
-        weighted = 0.0  # sum of exp(z - top) (z - top) over the same, for the entropy
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            live = column < columns
-            z = tl.load(logits + row * stride + column, mask=live, other=-float("inf")).to(tl.float32)
-            z *= inverse_temperature
+        scale = inverse_temperature * 1.4426950408889634  # log2(e)
+        # Over all columns but the target: maximum, sum of 2^delta and of 2^delta delta with delta = x scale - top. The
+        # maximum starts at -inf, not 0, or a row of all-negative logits underflows.
+        top = tl.full((), -float("inf"), tl.float32)
+        sums, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        lane = tl.arange(0, BLOCK)
+        whole = columns // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            x = tl.load(logits + start + lane).to(tl.float32)
             if BANNED:
-                z = tl.where(tl.load(banned + column, mask=live, other=1) != 0, -float("inf"), z)
-            new = tl.maximum(top, tl.max(z, axis=0))
-            shift = tl.where(new == -float("inf"), 0.0, new)  # nothing but banned columns so far
-            moved = tl.where(top == -float("inf"), 0.0, top - shift)  # <= 0
-            delta = tl.where(z == -float("inf"), 0.0, z - shift)
-            e = tl.where(z == -float("inf"), 0.0, tl.exp(delta))
-            e = tl.where(column == target, 0.0, e)
-            weighted = (weighted + moved * others) * tl.exp(moved) + tl.sum(e * delta, axis=0)
-            others = others * tl.exp(moved) + tl.sum(e, axis=0)
-            top = new
+                x = tl.where(tl.load(banned + start + lane) != 0, -float("inf"), x)
+            if (target >= start) & (target < start + BLOCK):
+                x = tl.where(start + lane == target, -float("inf"), x)
+            top, sums, weighted = _fold(x, top, sums, weighted, scale)
+        if whole < columns:
+            column = whole + lane
+            x = tl.load(logits + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+            if BANNED:
+                x = tl.where(tl.load(banned + column, mask=column < columns, other=1) != 0, -float("inf"), x)
+            x = tl.where(column == target, -float("inf"), x)
+            top, sums, weighted = _fold(x, top, sums, weighted, scale)
+        others, bent = tl.sum(sums, axis=0), tl.sum(weighted, axis=0)
+
         allowed = (target >= 0) & (target < columns)
-        z_target = tl.load(logits + row * stride + target, mask=allowed, other=-float("inf")).to(tl.float32)
-        z_target *= inverse_temperature
+        x = tl.load(logits + target, mask=allowed, other=-float("inf")).to(tl.float32)
         if BANNED:
-            z_target = tl.where(tl.load(banned + target, mask=allowed, other=1) != 0, -float("inf"), z_target)
-        # log p = -softplus(gap), gap = log(others) + top - z_target
-        gap = tl.log(others) + top - z_target
+            x = tl.where(tl.load(banned + target, mask=allowed, other=1) != 0, -float("inf"), x)
+        # gap = log(sum over the others) - z_target, so that log p = -softplus(gap) and log(1 - p) = gap + log p
+        own = x * scale - tl.where(top == -float("inf"), 0.0, top)
+        gap = 0.6931471805599453 * (tl.log2(others) - own)
         logp = -(tl.maximum(gap, 0.0) + _log1p(tl.exp(-tl.abs(gap))))
-        own_delta = tl.where(z_target == -float("inf"), 0.0, z_target - top)
-        own = tl.where(z_target == -float("inf"), 0.0, tl.exp(own_delta))
-        total = others + own
-        # entropy = log(total) - sum e delta / total; log(total) through the target's own excess when that is the maximum
-        log_total = tl.where(own == 1.0, _log1p(others), tl.log(total))
-        entropy = log_total - (weighted + own * own_delta) / total
+        p, q = tl.exp(logp), -_expm1(logp)
+        lse = tl.where(p > 0, x * inverse_temperature - logp, 0.6931471805599453 * (top + tl.log2(others)))
+        # entropy of (target or not), then of the others among themselves
+        entropy = tl.where(p > 0, -p * logp, 0.0)
+        among = 0.6931471805599453 * (tl.log2(others) - bent / others)
+        entropy += tl.where(q > 0, q * (among - tl.where(p > 0, gap + logp, 0.0)), 0.0)
         ignored = target == IGNORE
         tl.store(logp_out + row, tl.where(ignored, 0.0, logp))
         tl.store(entropy_out + row, tl.where(ignored, 0.0, entropy))
-        tl.store(lse_out + row, top + log_total)
+        tl.store(lse_out + row, lse)
 
     @triton.jit
     def _row_dz(logits, stride, targets, banned, logp, lse, entropy, dlogp, dentropy, out, out_stride, first, columns,
                 inverse_temperature, IGNORE: tl.constexpr, BANNED: tl.constexpr, ENTROPY: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        start = tl.program_id(1) * BLOCK
+        column = start + tl.arange(0, BLOCK)
         live = column < columns
         target = tl.load(targets + row).to(tl.int32)
-        g = tl.load(dlogp + row) * inverse_temperature
-        g = tl.where(target == IGNORE, 0.0, g)
+        counts = target != IGNORE
+        g = tl.where(counts, tl.load(dlogp + row) * inverse_temperature, 0.0)
         h = 0.0
         if ENTROPY:
-            h = tl.where(target == IGNORE, 0.0, tl.load(dentropy + row) * inverse_temperature)
+            h = tl.where(counts, tl.load(dentropy + row) * inverse_temperature, 0.0)
         dz = tl.zeros((BLOCK,), tl.float32)
         if (g != 0.0) | (h != 0.0):  # a row of no weight is not read; nan counts as weight
-            z = tl.load(logits + row * stride + column, mask=live, other=-float("inf")).to(tl.float32)
-            log_p = z * inverse_temperature - tl.load(lse + row)
+            x = tl.load(logits + row * stride + column, mask=live, other=-float("inf")).to(tl.float32)
+            power = x * (inverse_temperature * 1.4426950408889634) - tl.load(lse + row) * 1.4426950408889634  # log2 p
             if BANNED:
-                log_p = tl.where(tl.load(banned + first + column, mask=live, other=1) != 0, -float("inf"), log_p)
-            p = tl.exp(log_p)
-            dz = tl.where(column + first == target, -g * _expm1(tl.load(logp + row)), -g * p)
-            if BANNED:  # also where the target itself is banned
-                dz = tl.where(log_p == -float("inf"), 0.0, dz)
-            if ENTROPY:
-                dz -= tl.where(p == 0.0, 0.0, h * p * (log_p + tl.load(entropy + row)))  # 0 x -inf where banned
+                power = tl.where(tl.load(banned + first + column, mask=live, other=1) != 0, -float("inf"), power)
+            p = tl.exp2(power)
+            dz = -g * p
+            if ENTROPY:  # the floor keeps 0 x -inf out; nan passes
+                log_p = 0.6931471805599453 * tl.maximum(power, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+                dz -= h * p * (log_p + tl.load(entropy + row))
+            if (target - first >= start) & (target - first < start + BLOCK):
+                # z - lse cancels for a confident token; the log-prob from row_stats did not
+                log_p = tl.load(logp + row)
+                own = -g * _expm1(log_p)
+                if ENTROPY:
+                    own -= h * tl.exp(log_p) * (log_p + tl.load(entropy + row))
+                own = tl.where(log_p == -float("inf"), 0.0, own)  # banned: not sampled, and no gradient
+                dz = tl.where(column == target - first, own, dz)
         tl.store(out + row * out_stride + column, dz.to(out.dtype.element_ty), mask=live)
 
 

@@ -55,7 +55,7 @@ def test_upcast_is_the_truth_and_without_it_the_error_of_bf16():
 @triton_only
 @pytest.mark.parametrize("temperature, with_bans", [(1.0, False), (0.7, True)])
 @pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize("columns", [2, 127, 1000, 1001, BLOCK, BLOCK + 1, 2 * BLOCK + 777])
+@pytest.mark.parametrize("columns", [1, 2, 127, 1000, 1001, BLOCK, BLOCK + 1, 2 * BLOCK + 777])
 def test_kernels_against_fp64(columns, rows, temperature, with_bans):
     logits, targets, banned = rows_of_all_kinds(rows, columns)
     (wide,) = double(logits)
