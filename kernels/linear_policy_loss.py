@@ -8,11 +8,11 @@ while one chunk of logits is there.
                               logp, lse, entropy      one read of the logits
                               loss, d loss / d logp   one number a row
                               dz                      the second read; bf16, a buffer of its own
-                              dX = dz W     dW += dz^T X, in fp32
+                              dX = dz W     dW += dz^T X, in fp32 if there are several chunks
     backward:                 dX and dW times the gradient of the loss
 
-dW stays fp32 until backward, where the factor and the rounding are one pass: no factor costs anything or stops the
-GPU. Memory is the chunk, dX and the fp32 dW, whatever the number of rows. Only losses whose tokens do not meet (grpo,
+An fp32 dW stays so until backward, where the factor and the rounding are one pass: no factor costs anything or stops
+the GPU. Memory is the chunk, dX and the fp32 dW, whatever the number of rows. Only losses whose tokens do not meet (grpo,
 cispo): gspo needs a whole sequence's log-probs first.
 
 Built of row_logprob.py, policy_loss.py and, for the products and the reference, logprob.py: copy the four together.
@@ -41,7 +41,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
         logits = hidden.new_empty(size, len(weight), dtype=torch.float32)  # (C, V), the only one
         dz = hidden.new_empty(logits.shape) if need_hidden or need_weight else None
         dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        # Few rows make the library split the vocabulary, and it may sum such parts in bf16: dX is multiplied into fp32.
+        wide = hidden.new_empty(size, hidden.shape[1], dtype=torch.float32) if need_hidden else None
+        once = weight.dtype if len(chunks) == 1 else torch.float32
+        dweight = torch.empty_like(weight, dtype=once) if need_weight else None
         logp, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         partials = []
         for c in chunks:
@@ -56,7 +59,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             dentropy = -arguments["entropy_coef"] * scale[c] if arguments["entropy_coef"] else None
             grad = row_dz(part, targets[c], *stats, dlogp, dentropy, out=dz[:rows], temperature=temperature, banned=banned)
             if need_hidden:
-                matmul_into(dhidden[c], grad, weight)
+                dhidden[c] = matmul_into(wide[:rows], grad, weight)
             if need_weight:
                 matmul_into(dweight, grad.T, hidden[c], add=c.start > 0)
         ctx.save_for_backward(dhidden, dweight)
@@ -68,8 +71,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        # The factor as a (1, 1) tensor, so that the product is formed in fp32 and rounded once: a () one would first be
-        # rounded to bf16 itself.
+        # The factor as a (1, 1) tensor: the product is formed in fp32. A () one would first be rounded to bf16 itself.
         dhidden, dweight = ctx.saved_tensors
         factor = grad.float().reshape(1, 1)
         if dhidden is not None:
