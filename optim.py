@@ -183,9 +183,6 @@ class HostMoments:
         for p, step, m, v in zip(self.masters, self.steps, moments[0].split(sizes), moments[1].split(sizes)):
             self.inner.state[p] = {"step": step, "exp_avg": m.view_as(p), "exp_avg_sq": v.view_as(p)}
 
-    def fetch(self) -> Tensor:
-        return self.host.to(self.masters[0].device, non_blocking=True)
-
     def load(self, saved: dict) -> None:
         sizes = [p.numel() for p in self.masters]
         state = [saved["state"][i] for i in range(len(sizes))]
@@ -197,24 +194,36 @@ class HostMoments:
 
 
 def step_from_host(parts: list[HostMoments]) -> None:
-    """One step of every part. While one computes, the next one's moments come in and the last one's go out."""
-    compute, coming, going = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
-    coming.wait_stream(compute)
-    with torch.cuda.stream(coming):
-        moments = parts[0].fetch()
+    """One step of every part. While one computes, the next one's moments come in and the last one's go out.
+
+    Three buffers go round: without them the allocator, which cannot know when a copy has ended, would take new memory for
+    every part, 8 bytes a parameter in the end."""
+    device = parts[0].masters[0].device
+    compute, coming, going = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
+    room = [torch.empty(max(part.host.numel() for part in parts), device=device) for _ in range(min(3, len(parts)))]
+    coming.wait_stream(compute)  # the buffers may lie where a gradient was just read
+    came, gone = [torch.cuda.Event() for _ in parts], [torch.cuda.Event() for _ in parts]
+
+    def fetch(i: int) -> None:
+        with torch.cuda.stream(coming):
+            if i >= len(room):
+                coming.wait_event(gone[i - len(room)])
+            moments(i).copy_(parts[i].host, non_blocking=True)
+            came[i].record(coming)
+
+    def moments(i: int) -> Tensor:
+        return room[i % len(room)][: parts[i].host.numel()].view(2, -1)
+
+    fetch(0)
     for i, part in enumerate(parts):
-        compute.wait_stream(coming)
-        moments.record_stream(compute)
-        part.point_at(moments)
         if i + 1 < len(parts):
-            with torch.cuda.stream(coming):
-                following = parts[i + 1].fetch()
+            fetch(i + 1)
+        compute.wait_event(came[i])
+        part.point_at(moments(i))
         part.inner.step()
         going.wait_stream(compute)
         with torch.cuda.stream(going):
-            part.host.copy_(moments, non_blocking=True)
-            moments.record_stream(going)
+            part.host.copy_(moments(i), non_blocking=True)
+            gone[i].record(going)
         part.point_at(part.host)
-        if i + 1 < len(parts):
-            moments = following
-    going.synchronize()  # the host copy is read next by a checkpoint, or by the next step
+    going.synchronize()  # the host copy is read next by a checkpoint or the next step; the buffers are free from here on

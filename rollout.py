@@ -368,16 +368,11 @@ class VLLMRollout:
         params = [
             self.vllm.SamplingParams(
                 n=n // copies, max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, logprobs=0,
-                seed=None if self.kind == "cuda" else prompt_seed(seed, i), flat_logprobs=True, detokenize=False,
-                ignore_eos=True, stop_token_ids=self.stop,
+                seed=prompt_seed(seed, i), flat_logprobs=True, detokenize=False, ignore_eos=True, stop_token_ids=self.stop,
             )
             for i in range(len(prompts))
         ]  # fmt: skip
-        devices = [torch.cuda.current_device()] if self.kind == "cuda" else []  # the sampler draws from global generators
-        with self._watch("generate"), torch.random.fork_rng(devices=devices):
-            if self.kind == "cuda":  # a seed a request costs a kernel a request and token; so one for the call, from empty caches
-                torch.cuda.manual_seed(seed)
-                self.llm.reset_prefix_cache()
+        with self._watch("generate"), torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             if output.prompt_token_ids != prompt.expanded:

@@ -125,7 +125,7 @@ class Config:
 
 SPATIALTHINKER = Config(
     model="Qwen/Qwen2.5-VL-7B-Instruct", data="OX-PIXL/STVQA-7K@train", val_data="OX-PIXL/STVQA-7K@val", val_limit=None,
-    name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, token_budget=8192, offload_moments=True,
+    name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, token_budget=12288, offload_moments=True,
 )  # fmt: skip
 
 # The recipe's flags on random weights and noise; reward at random, because random text has none. One optimiser step a

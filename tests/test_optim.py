@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import optim
 from optim import SCHEDULES, MasterOptimizer, is_block_matrix, learning_rate
 
 
@@ -247,3 +248,26 @@ def test_rule_14_oracle_lr_multiplier(vectors):
         assert case["expected"][0] == 0.0 < ours[0]
         lagging = case["expected"][1:]  # min(1, i / max(1, warmup)) from i = 1
         assert ours[: steps - 1] == pytest.approx(lagging, abs=1e-9)
+
+
+@pytest.mark.gpu
+def test_moments_from_host_memory_step_as_moments_on_the_gpu():
+    """Bit for bit over several steps, through a checkpoint too, and with more parts than buffers."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(0)
+    start = [torch.randn(1000, 300, device="cuda", dtype=torch.bfloat16) for _ in range(7)]
+    states = []
+    for offloaded in (False, True):
+        params = [(str(i), torch.nn.Parameter(x.clone())) for i, x in enumerate(start)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optim, "buckets", lambda masters: [[m] for m in masters])
+            optimizer = MasterOptimizer(params, offload_moments=offloaded)
+        for step in range(4):
+            for i, (_, p) in enumerate(params):
+                (p.float().square().sum() * (i + step + 1)).backward()
+            optimizer.step(lr=1e-2)
+            if step == 1:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        states.append([p.detach().clone() for _, p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*states))
