@@ -43,7 +43,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         # Few rows make the library split the vocabulary, and it may sum such parts in bf16: dX is multiplied into fp32.
         wide = hidden.new_empty(size, hidden.shape[1], dtype=torch.float32) if need_hidden else None
-        once = weight.dtype if len(chunks) == 1 else torch.float32
+        once = weight.dtype if len(chunks) == 1 else torch.float32  # one chunk has nothing to add to
         dweight = torch.empty_like(weight, dtype=once) if need_weight else None
         logp, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         partials = []
@@ -110,7 +110,7 @@ def linear_policy_loss(
     kernels/policy_loss.py, with `entropy_coef` times the entropy of every token taken off the loss. Differentiable in
     `hidden` and `weight` through the loss; a weight that needs no gradient costs none. A target of IGNORE (-100)
     removes its row. The statistics hold `entropy_sum` too. The scale is all there is to normalise by: pass it in, do
-    not divide the loss afterwards (that is right as well, and rounds dX twice).
+    not divide the loss afterwards (that is right as well, and rounds the gradients twice).
     Raises ValueError for loss "gspo", whose ratio is a sequence's, and for bad targets on the CPU (token_logprob).
     `reference=True`, or no GPU: plain torch, four products, chunked as well.
     """

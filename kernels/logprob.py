@@ -192,7 +192,7 @@ def token_logprob(
     return _TokenLogprob.apply(hidden, weight, targets, temperature, banned, chunk_rows)
 
 
-# ---------------------------------------------------------------- check and bench
+# ---------------------------------------------------------------- check
 
 
 def check(device: str) -> None:
