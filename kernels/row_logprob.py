@@ -172,8 +172,8 @@ if triton is not None:
             p = tl.exp2(power)
             dz = -g * p
             if ENTROPY:  # the floor keeps 0 x -inf out; nan passes
-                log_p = 0.6931471805599453 * tl.maximum(power, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-                dz -= h * p * (log_p + tl.load(entropy + row))
+                logs = 0.6931471805599453 * tl.maximum(power, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+                dz -= h * p * (logs + tl.load(entropy + row))
             if (target - first >= start) & (target - first < start + BLOCK):
                 # z - lse cancels for a confident token; the log-prob from row_stats did not
                 log_p = tl.load(logp + row)

@@ -58,7 +58,11 @@ ROW_FLAGS = dict(IGNORE=row_logprob.IGNORE, BLOCK=row_logprob.BLOCK)
 @pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
 def test_row_kernels_compile_without_spills(dtype, banned, aligned):
     whole = ["logits", "banned", "stride", "columns", "out", "out_stride", "first"] if aligned else []
-    for function, types, flags in ((row_logprob._row_stats, STATS, {}), (row_logprob._row_dz, DZ, dict(ENTROPY=True))):
+    dz = row_logprob._row_dz
+    for function, types, flags in (
+        (row_logprob._row_stats, STATS, {}), (dz, DZ, dict(ENTROPY=True)), (dz, DZ, dict(ENTROPY=False)),
+        (dz, DZ | dict(out=dtype), dict(ENTROPY=True)),
+    ):  # fmt: skip
         registers, spilled, shared = compile_for_hopper(
             function, types | dict(logits=dtype), ROW_FLAGS | flags | dict(BANNED=banned), 8,
             [name for name in whole if name in function.arg_names],
@@ -71,10 +75,11 @@ LOSS = dict.fromkeys("logp old log_ratio ref rollout advantages scale entropy dp
 LOSS |= dict(count="i32") | dict.fromkeys("cap log_low log_high clip_high dual kl_coef entropy_coef".split(), "fp32")
 
 
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("kl", policy_loss.KL_ESTIMATORS)
 @pytest.mark.parametrize("loss", policy_loss.LOSSES)
-def test_the_policy_loss_compiles_without_spills(loss, kl):
-    flags = dict(LOSS=loss, KL=kl, OLD=True, ROLLOUT=True, ENTROPY=True, BLOCK=policy_loss.BLOCK)
+def test_the_policy_loss_compiles_without_spills(loss, kl, given):
+    flags = dict(LOSS=loss, KL=kl, OLD=given, ROLLOUT=given, ENTROPY=given, BLOCK=policy_loss.BLOCK)
     _, spilled, shared = compile_for_hopper(policy_loss._policy_loss, LOSS, flags, 4)
     assert spilled == 0 and shared <= SHARED
 
