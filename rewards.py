@@ -465,6 +465,21 @@ def _mend_blocks(response: str) -> str:
     return response.strip()
 
 
+# Penalties in [-1, 0], which any reward may add (train_grpo.py --part-weights)
+
+
+def overlong_penalty(tokens: int, limit: int, buffer: int) -> float:
+    """DAPO's (arXiv 2503.14476, 3.4): 0 up to limit - buffer tokens, then down in a straight line to -1 at the limit."""
+    return -min(1.0, max(0.0, (tokens - (limit - buffer)) / max(1, buffer)))
+
+
+def repetition_penalty(text: str, n: int = 4) -> float:
+    """Minus the share of n-grams of words that stood in the text before; 0 for a text of at most n words."""
+    words = text.split()
+    grams = list(zip(*(words[i:] for i in range(n))))
+    return len(set(grams)) / len(grams) - 1 if grams else 0.0
+
+
 UNITS = "degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"
 UNIT = re.compile(rf"(?:{UNITS})(?:es)?s? *(?:\^[0-9]+)?|\^ *\\circ")
 FRACTION = re.compile(r"\\[td]?frac *(?:\{([^{}]*)\}|(\w)) *(?:\{([^{}]*)\}|(\w))")
