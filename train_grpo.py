@@ -29,6 +29,7 @@ import tyro
 from torch import Tensor
 
 import dry_run
+import flags
 import memory
 import ranks
 import rewards
@@ -56,21 +57,21 @@ class Config:
     name: str = "run"  # run folder: runs/NAME
     resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
     dry_run: bool = False  # show rows, a prompt, lengths and memory, then stop
-    seed: int = 1
+    seed: int = 1  # of everything drawn: order of the rows, samples, random weights
 
     # prompts
     style: str = "row"  # spatialthinker, reasoning, no_reasoning, reasoning_end, short, row (the row's own), or a file
     box_frame: str = "original"  # boxes in pixels of the original (published) or the resized picture
     min_pixels: int = 512 * 512  # pictures are resized into this range before the processor sees them
-    max_pixels: int = 2048 * 2048
+    max_pixels: int = 2048 * 2048  # the upper end of that range
     max_prompt_tokens: int = 6144  # longer prompts are dropped at load, and counted
-    max_completion_tokens: int = 2048
+    max_completion_tokens: int = 2048  # longer ones are cut, and say so
     fixed_length: bool = False  # stop tokens are banned: every completion runs to the limit (measurements)
 
     # sampling
     prompts_per_step: int = 512  # over all ranks
     group_size: int = 8  # completions a prompt
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the samples, and of the log-probs trained on
     val_temperature: float = 0.0  # 0 is greedy
     rollout: str = "auto"  # auto (vllm where it and a GPU are there), hf, vllm
     rollout_sequences: int = 256  # completions decoded side by side
@@ -89,7 +90,7 @@ class Config:
     # accuracy=0.5,format=0.1,repetition=0.05: the total is this sum of the reward's parts, of `repetition` (rewards.py) and
     # of `overlong`, DAPO's penalty over the last --overlong-buffer tokens; None: the reward's own total
     part_weights: str | None = None
-    overlong_buffer: int = 512
+    overlong_buffer: int = 512  # tokens before the limit over which `overlong` falls to -1
 
     # advantages and loss; docs/recipes.md has Dr.GRPO, DAPO, GSPO, CISPO and RLOO as lists of flags
     baseline: str = "mean"  # of a completion's reward: mean of its group, or of the others in it (rloo)
@@ -97,9 +98,9 @@ class Config:
     loss: str = "grpo"  # grpo, gspo, cispo (kernels/policy_loss.py)
     normalize: str = "token"  # token: mean over tokens; sequence: of completions' means; length: over the longest allowed
     mask_truncated: bool = False  # tokens of completions that ran into the limit do not count
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    dual_clip: float = 3.0  # 0: off
+    clip_low: float = 0.2  # the ratio to the old policy counts down to 1 - this
+    clip_high: float = 0.3  # and up to 1 + this
+    dual_clip: float = 3.0  # a bad token pushes at most this times its advantage; 0: off
     entropy_coef: float = 0.0  # bonus for the entropy of every token
     kl: str = "k3"  # none, k1, k2, k3, abs, chi2; against the frozen start
     kl_coef: float = 0.01  # 0 loads no reference
@@ -108,26 +109,27 @@ class Config:
     steps: int = 75  # rollouts
     mini_batches: int = 4  # optimiser steps a rollout
     token_budget: int = 16384  # packed tokens of a micro-batch
-    lr: float = 1e-6
+    lr: float = 1e-6  # learning rate, its peak
     schedule: str = "constant"  # constant, cosine, linear
     warmup_steps: int = 0  # of optimiser steps
     optimizer: str = "adamw"  # adamw or muon, on fp32 master weights
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01  # AdamW's
+    betas: tuple[float, float] = (0.9, 0.999)  # likewise
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this
     max_skipped: int = 10  # optimiser steps in a row with a non-finite gradient before the run stops
-    freeze_vision: bool = False
+    freeze_vision: bool = False  # leave the vision tower as it is (published: trained)
     offload_moments: bool = False  # AdamW's moments in host memory but for its step: 8 bytes a parameter of GPU memory
     checkpoint_layers: int | None = None  # language layers whose activations are recomputed; None: as few as memory needs
     kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
-    device: str = "auto"
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
 
     # records
     val_every: int = 5  # steps; also before the first and after the last; 0: never
-    save_every: int = 5
+    save_every: int = 5  # steps between checkpoints; also after the last and on a signal
     keep: int = 2  # checkpoints
-    samples_every: int = 5
+    samples_every: int = 5  # steps between whole transcripts in samples.jsonl
+    tracker: str = "none"  # none, or wandb: the metrics go there too
     report_speed: bool = False  # log tokens, MFU, HFU and memory; print a table of phases at the end
     profile_step: int | None = None  # write a torch profile of this step's update to the run folder
 
@@ -439,17 +441,19 @@ def main(cfg: Config) -> None:
             if isinstance(rollout, VLLMRollout):
                 check_engine(rollout, policy, encode(rows[0], processor, **encoding(cfg)), cfg)
             run = Path("runs") / cfg.name
+            tracker = runs.open_tracker(cfg.tracker if rank == 0 else "none", run, asdict(cfg))
             if rank == 0:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()
             pool.file = run / "failures.jsonl"
-        train(cfg, policy, processor, rollout, pool, rows, val_rows, run, rank, world)
+        train(cfg, policy, processor, rollout, pool, rows, val_rows, run, tracker, rank, world)
         ranks.leave()
 
 
 # Settings that a resumed run may change without becoming another run.
 MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
-              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step")  # fmt: skip
+              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step",
+              "tracker")  # fmt: skip
 
 
 def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank: int):
@@ -489,7 +493,7 @@ def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> None:
     raise ValueError(f"{said}, more than --max-gap {cfg.max_gap}: try --sleep-level 1, then --rollout hf")
 
 
-def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, rank: int, world: int) -> None:
+def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, tracker, rank: int, world: int) -> None:
     """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
     reference = frozen_copy(policy) if cfg.kl != "none" and cfg.kl_coef > 0 else None
     optimizer = MasterOptimizer(
@@ -548,6 +552,7 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
             metrics |= meter.read(metrics, groups)
         if rank == 0:
             runs.log_metrics(run, step, metrics)
+            tracker(step, metrics)
             if step % cfg.samples_every == 0 or last:
                 runs.log_samples(run, step, transcripts(own, groups, parts, advantages))
             progress.show(step, {"reward": metrics["reward/total"], "accuracy": metrics.get("reward/accuracy", 0.0)})
@@ -575,5 +580,5 @@ def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: flo
 
 
 if __name__ == "__main__":
-    runs.check_preset(sys.argv, PRESETS)
+    flags.check(sys.argv, Config, PRESETS, __doc__.splitlines()[0])
     main(tyro.extras.overridable_config_cli(PRESETS))

@@ -11,7 +11,9 @@ from conftest import make_group, make_prompt, new_policy
 
 from kernels.policy_loss import policy_loss
 from model import pack_groups
-from rewards import overlong_penalty, repetition_penalty
+from data.responses import response_text
+from data.scenes import scene_rows
+from rewards import extract_scene, overlong_penalty, repetition_penalty
 from rollout import Completion
 from train_grpo import Config, check_config, group_advantages, part_weights, score, token_scale
 
@@ -131,3 +133,23 @@ def test_the_policy_computes_every_loss_from_its_own_log_probs(loss):
     trained = [p for p in policy.parameters() if p.requires_grad]
     for a, b in zip(*(torch.autograd.grad(x, trained, allow_unused=True) for x in (found, expected))):
         assert a is None and b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_ablation_rewards_differ_where_they_should():
+    """A right answer with half of the relations, and the same without its format."""
+    import scoring
+
+    row = scene_rows(1, seed=4)[0]
+    text = response_text(row, letter=row["gold"])
+    scene = extract_scene(text)
+    while len(scene["relationships"]) > len(row["scene"]["relationships"]) // 2:
+        scene["relationships"].pop()
+    head, _, tail = text.partition("<scene>")
+    text = f"{head}<scene>{json.dumps(scene)}</scene>{tail.partition('</scene>')[2]}"
+    made = {name: scoring.resolve_reward(f"examples/ablations.py:{name}") for name in ("count_8_2", "count_10_0", "count_5_5", "no_gates")}
+    counts = {name: reward(text, row)["count"] for name, reward in made.items()}
+    assert counts["count_10_0"] == 1.0 > counts["count_8_2"] > counts["no_gates"] > counts["count_5_5"]
+    unformed = text.replace("<think>", "").replace("</think>", "")
+    assert made["count_8_2"](unformed, row)["total"] == 0.0
+    parts = made["no_gates"](unformed, row)
+    assert parts["format"] == 0.0 and parts["accuracy"] == 1.0 and parts["spatial"] > 0.9
