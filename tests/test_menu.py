@@ -152,4 +152,4 @@ def test_ablation_rewards_differ_where_they_should():
     unformed = text.replace("<think>", "").replace("</think>", "")
     assert made["count_8_2"](unformed, row)["total"] == 0.0
     parts = made["no_gates"](unformed, row)
-    assert parts["format"] == 0.0 and parts["accuracy"] == 1.0 and parts["spatial"] > 0.9
+    assert parts["format"] == 0.0 and parts["accuracy"] == 1.0 and parts["spatial"] > 0.6
