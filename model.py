@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kernels import prefix_attention
 from kernels.linear_policy_loss import linear_policy_loss
 from kernels.logprob import token_logprob
+from kernels.policy_loss import policy_loss
 
 DEMO_PROCESSOR = Path(__file__).parent / "assets" / "demo-model"
 
@@ -440,10 +441,14 @@ class Policy(nn.Module):
         head, own = self.model.lm_head.weight, dict(temperature=temperature, banned=self.banned, reference=not self.kernels)
         if scale is None:
             return token_logprob(self.hidden(packed), head, packed.targets, **own)
-        return linear_policy_loss(
-            self.hidden(packed), head, packed.targets, packed.advantages, scale, old_logp=packed.old_logp,
-            ref_logp=packed.ref_logp, rollout_logp=packed.rollout_logp if settings["importance_cap"] > 0 else None, **own, **settings,
-        )  # fmt: skip
+        settings |= dict(old_logp=packed.old_logp, ref_logp=packed.ref_logp,
+                         rollout_logp=packed.rollout_logp if settings["importance_cap"] > 0 else None)  # fmt: skip
+        if settings["loss"] == "gspo":  # a token's loss needs its whole sequence's log-probs first
+            logp, entropy = token_logprob(self.hidden(packed), head, packed.targets, **own)
+            loss, seen = policy_loss(logp, packed.advantages, scale, lengths=packed.lengths, entropy=entropy,
+                                     reference=not self.kernels, **settings)  # fmt: skip
+            return loss, seen, logp.detach(), entropy.detach()
+        return linear_policy_loss(self.hidden(packed), head, packed.targets, packed.advantages, scale, **own, **settings)
 
     def next_logits(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache) -> Tensor:
         """One decoding step with a cache (HFRollout). embeds (B, t, H), positions (3, B, t), mask (B, 1, t, cached + t)

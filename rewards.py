@@ -149,7 +149,7 @@ def format_score(response: str, scene: dict) -> float:
     return float(blocks and is_valid_scene(scene))
 
 
-def count_score(scene: dict, gold: dict) -> float:
+def count_score(scene: dict, gold: dict, *, objects_share: float = W_OBJECTS) -> float:
     """How near the numbers of objects and relations are to gold's, in [0, 1] (2.1)."""
     objects, want = scene.get("objects"), gold.get("objects")
     if not (isinstance(objects, list) and isinstance(want, list)):
@@ -160,7 +160,7 @@ def count_score(scene: dict, gold: dict) -> float:
     by_objects = max(0.0, 1 - abs(len(objects) - len(want)) / max(len(want), 1))
     if g == 0:
         return by_objects
-    return W_OBJECTS * by_objects + W_RELATIONS * max(0.0, 1 - abs(p - g) / g)
+    return objects_share * by_objects + (1 - objects_share) * max(0.0, 1 - abs(p - g) / g)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,27 +373,31 @@ def spatial_score(scene: dict, gold: Gold, size: tuple, *, corrected: bool, simi
 
 
 def spatialthinker_reward(
-    response: str, gold: str, size: tuple, *, mode="upstream", similarity=lexical, options: tuple[str, ...] = ()
-) -> dict[str, float]:
+    response: str, gold: str, size: tuple, *, mode="upstream", similarity=lexical, options: tuple[str, ...] = (),
+    objects_share: float = W_OBJECTS, gates: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """The SpatialThinker reward (2.1): 0.1 format + 0.2 count + 0.5 accuracy + 0.2 spatial.
 
     Format gates everything, accuracy gates spatial. gold: see solution_text(). size: (W, H) of the original picture,
     whose pixels the boxes are in. similarity: a function of two cleaned labels, see SIMILARITIES. options: the texts of
-    a choice; corrected mode then grades by grade_choice(), as evaluation does.
+    a choice; corrected mode then grades by grade_choice(), as evaluation does. The paper's ablations: objects_share of the
+    count term, the rest is for relations; gates=False: every term by itself.
     Returns total, format, count, accuracy, spatial. Raises ValueError for an unknown mode."""
     corrected = _is_corrected(mode)
     scene = extract_scene(response)
-    if not format_score(response, scene):
+    formed = format_score(response, scene)
+    if gates and not formed:
         return {"total": 0.0, "format": 0.0, "count": 0.0, "accuracy": 0.0, "spatial": 0.0}
     want, answer = _read_gold(gold), extract_answer(response)
-    count = count_score(scene, want.scene)
+    count = count_score(scene, want.scene, objects_share=objects_share)
     if corrected:
         right = grade_choice(response, list(options), want.answer) if options else _mend_answer(answer, want.answer)
     else:
         right = answer.lower() == want.answer.lower()
-    spatial = spatial_score(scene, want, size, corrected=corrected, similarity=similarity) if right else 0.0
-    total = W_FORMAT + W_COUNT * count + W_ACCURACY * right + W_SPATIAL * spatial
-    return {"total": total, "format": 1.0, "count": count, "accuracy": float(right), "spatial": spatial}
+    paid = right if gates else is_valid_scene(scene)
+    spatial = spatial_score(scene, want, size, corrected=corrected, similarity=similarity) if paid else 0.0
+    total = W_FORMAT * formed + W_COUNT * count + W_ACCURACY * right + W_SPATIAL * spatial
+    return {"total": total, "format": float(formed), "count": count, "accuracy": float(right), "spatial": spatial}
 
 
 def _is_corrected(mode: str) -> bool:
@@ -463,6 +467,21 @@ def vanilla_reward(
 
 def _mend_blocks(response: str) -> str:
     return response.strip()
+
+
+# Penalties in [-1, 0], which any reward may add (train_grpo.py --part-weights)
+
+
+def overlong_penalty(tokens: int, limit: int, buffer: int) -> float:
+    """DAPO's (arXiv 2503.14476, 3.4): 0 up to limit - buffer tokens, then down in a straight line to -1 at the limit."""
+    return -min(1.0, max(0.0, (tokens - (limit - buffer)) / max(1, buffer)))
+
+
+def repetition_penalty(text: str, n: int = 4) -> float:
+    """Minus the share of n-grams of words that stood in the text before; 0 for a text of at most n words."""
+    words = text.split()
+    grams = list(zip(*(words[i:] for i in range(n))))
+    return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
 UNITS = "degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard"

@@ -29,12 +29,14 @@ import tyro
 from torch import Tensor
 
 import dry_run
+import flags
 import memory
 import ranks
+import rewards
 import scoring
 import speed
 from data.dataset import encode, encode_rows, load_rows
-from kernels.policy_loss import KL_ESTIMATORS
+from kernels.policy_loss import KL_ESTIMATORS, LOSSES
 from metrics import Clock, LossStats, reward_metrics
 from model import (
     Packed, Policy, frozen_copy, load_policy, pack, pack_groups, reduce_gradients, save_hf, weights,
@@ -55,21 +57,21 @@ class Config:
     name: str = "run"  # run folder: runs/NAME
     resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
     dry_run: bool = False  # show rows, a prompt, lengths and memory, then stop
-    seed: int = 1
+    seed: int = 1  # of everything drawn: order of the rows, samples, random weights
 
     # prompts
     style: str = "row"  # spatialthinker, reasoning, no_reasoning, reasoning_end, short, row (the row's own), or a file
     box_frame: str = "original"  # boxes in pixels of the original (published) or the resized picture
     min_pixels: int = 512 * 512  # pictures are resized into this range before the processor sees them
-    max_pixels: int = 2048 * 2048
+    max_pixels: int = 2048 * 2048  # the upper end of that range
     max_prompt_tokens: int = 6144  # longer prompts are dropped at load, and counted
-    max_completion_tokens: int = 2048
+    max_completion_tokens: int = 2048  # longer ones are cut, and say so
     fixed_length: bool = False  # stop tokens are banned: every completion runs to the limit (measurements)
 
     # sampling
     prompts_per_step: int = 512  # over all ranks
     group_size: int = 8  # completions a prompt
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the samples, and of the log-probs trained on
     val_temperature: float = 0.0  # 0 is greedy
     rollout: str = "auto"  # auto (vllm where it and a GPU are there), hf, vllm
     rollout_sequences: int = 256  # completions decoded side by side
@@ -85,13 +87,21 @@ class Config:
     similarity: str = "lexical"  # of object labels: lexical, exact, spacy (published), or file.py:function
     reward_workers: int | None = None  # processes; None: 0 (this one) for the built-in rewards, up to 4 for a file's
     reward_seconds: float = 10.0  # time limit of one sample
+    # accuracy=0.5,format=0.1,repetition=0.05: the total is this sum of the reward's parts, of `repetition` (rewards.py) and
+    # of `overlong`, DAPO's penalty over the last --overlong-buffer tokens; None: the reward's own total
+    part_weights: str | None = None
+    overlong_buffer: int = 512  # tokens before the limit over which `overlong` falls to -1
 
-    # loss
-    normalize: str = "token"  # token: mean over tokens; sequence: mean over completions of their token means
+    # advantages and loss; docs/recipes.md has Dr.GRPO, DAPO, GSPO, CISPO and RLOO as lists of flags
+    baseline: str = "mean"  # of a completion's reward: mean of its group, or of the others in it (rloo)
     scale_by_std: bool = True  # advantages divided by the group's standard deviation
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    dual_clip: float = 3.0  # 0: off
+    loss: str = "grpo"  # grpo, gspo, cispo (kernels/policy_loss.py)
+    normalize: str = "token"  # token: mean over tokens; sequence: of completions' means; length: over the longest allowed
+    mask_truncated: bool = False  # tokens of completions that ran into the limit do not count
+    clip_low: float = 0.2  # the ratio to the old policy counts down to 1 - this
+    clip_high: float = 0.3  # and up to 1 + this
+    dual_clip: float = 3.0  # a bad token pushes at most this times its advantage; 0: off
+    entropy_coef: float = 0.0  # bonus for the entropy of every token
     kl: str = "k3"  # none, k1, k2, k3, abs, chi2; against the frozen start
     kl_coef: float = 0.01  # 0 loads no reference
 
@@ -99,26 +109,27 @@ class Config:
     steps: int = 75  # rollouts
     mini_batches: int = 4  # optimiser steps a rollout
     token_budget: int = 16384  # packed tokens of a micro-batch
-    lr: float = 1e-6
+    lr: float = 1e-6  # learning rate, its peak
     schedule: str = "constant"  # constant, cosine, linear
     warmup_steps: int = 0  # of optimiser steps
     optimizer: str = "adamw"  # adamw or muon, on fp32 master weights
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01  # AdamW's
+    betas: tuple[float, float] = (0.9, 0.999)  # likewise
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this
     max_skipped: int = 10  # optimiser steps in a row with a non-finite gradient before the run stops
-    freeze_vision: bool = False
+    freeze_vision: bool = False  # leave the vision tower as it is (published: trained)
     offload_moments: bool = False  # AdamW's moments in host memory but for its step: 8 bytes a parameter of GPU memory
     checkpoint_layers: int | None = None  # language layers whose activations are recomputed; None: as few as memory needs
     kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
-    device: str = "auto"
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
 
     # records
     val_every: int = 5  # steps; also before the first and after the last; 0: never
-    save_every: int = 5
+    save_every: int = 5  # steps between checkpoints; also after the last and on a signal
     keep: int = 2  # checkpoints
-    samples_every: int = 5
+    samples_every: int = 5  # steps between whole transcripts in samples.jsonl
+    tracker: str = "none"  # none, or wandb: the metrics go there too
     report_speed: bool = False  # log tokens, MFU, HFU and memory; print a table of phases at the end
     profile_step: int | None = None  # write a torch profile of this step's update to the run folder
 
@@ -127,6 +138,8 @@ SPATIALTHINKER = Config(
     model="Qwen/Qwen2.5-VL-7B-Instruct", data="OX-PIXL/STVQA-7K@train", val_data="OX-PIXL/STVQA-7K@val", val_limit=None,
     name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, token_budget=12288, offload_moments=True,
 )  # fmt: skip
+
+VANILLA = dict(reward="vanilla", style="reasoning", max_prompt_tokens=2048)  # spec 4.1
 
 # The recipe's flags on random weights and noise; reward at random, because random text has none. One optimiser step a
 # rollout, as the peer of docs/performance.md does it.
@@ -156,37 +169,50 @@ PRESETS = {
         "SpatialThinker on Qwen2.5-VL-7B as published: 512 prompts x 8, 75 steps (4 GPUs, 60 H100-hours published).",
         SPATIALTHINKER,
     ),
+    "vanilla-3b": (
+        "The papers' baseline: GRPO on format and accuracy alone, Qwen2.5-VL-3B (4 GPUs).",
+        replace(SPATIALTHINKER, model="Qwen/Qwen2.5-VL-3B-Instruct", name="vanilla-3b", **VANILLA),
+    ),
+    "vanilla-7b": (
+        "The same on Qwen2.5-VL-7B (4 GPUs).", replace(SPATIALTHINKER, name="vanilla-7b", **VANILLA),
+    ),
     "bench-3b": ("Speed of the 3B recipe on this box, random weights, no files needed: 16 prompts x 8 x 512 tokens.", BENCH),
     "bench-7b": ("The same in the shape of the 7B.", replace(BENCH, model="random:7b", name="bench-7b")),
 }  # fmt: skip
 
 
-NORMALIZERS = ("token", "sequence")
+NORMALIZERS = ("token", "sequence", "length")
+BASELINES = ("mean", "rloo")
 KERNELS = ("auto", "reference")
 
 # ---------------------------------------------------------------- the algorithm
 
 
-def group_advantages(rewards: Tensor, *, scale_by_std: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, baseline: str = "mean") -> Tensor:
     """rewards (B, G) -> advantages (B, G): above or below the group's mean, in standard deviations (spec 4.2).
 
-    A group of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
+    baseline rloo: above or below the mean of the other completions, which is G / (G - 1) times as far. A group of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 completions: --group-size 2 or more")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if baseline == "rloo":
+        centred = centred * rewards.shape[1] / (rewards.shape[1] - 1)
     if scale_by_std:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
     flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     return centred.masked_fill(flat, 0.0)
 
 
-def token_scale(packed: Packed, normalize: str, tokens: float, sequences: float) -> Tensor:
-    """(M,) weight of each token in the loss, from counts that are global over ranks and micro-batches."""
+def token_scale(packed: Packed, normalize: str, tokens: float, sequences: float, longest: int = 0) -> Tensor:
+    """(M,) weight of each token in the loss, from counts that are global over ranks and micro-batches; `longest` allowed
+    completion, for `length`."""
     if normalize == "token":
         return packed.loss_mask / tokens
     if normalize == "sequence":
         own = torch.zeros_like(packed.lengths, dtype=torch.float32).index_add(0, packed.sequence, packed.loss_mask)
         return packed.loss_mask / (own.clamp(min=1.0)[packed.sequence] * sequences)
+    if normalize == "length":
+        return packed.loss_mask / (longest * sequences)
     raise ValueError(f"--normalize {normalize}: one of {', '.join(NORMALIZERS)}")
 
 
@@ -210,7 +236,8 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
     size = -(-len(prompts) // cfg.mini_batches)
     parts = [slice(i, i + size) for i in range(0, size * cfg.mini_batches, size)]
     batches = [
-        pack(prompts[part], groups[part], policy.config, token_budget=cfg.token_budget, advantages=advantages[part])
+        pack(prompts[part], groups[part], policy.config, token_budget=cfg.token_budget, advantages=advantages[part],
+             mask_truncated=cfg.mask_truncated)
         for part in parts
     ]
     everything = [packed for packs in batches for packed in packs]
@@ -218,8 +245,8 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
     if reference is not None or cfg.mini_batches > 1:
         passes_before(policy, reference, everything, cfg)
     stats = LossStats(policy.device)
-    settings = dict(importance_cap=cfg.importance_cap, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
-                    kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef)  # fmt: skip
+    settings = dict(loss=cfg.loss, entropy_coef=cfg.entropy_coef, importance_cap=cfg.importance_cap, clip_low=cfg.clip_low,
+                    clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef)  # fmt: skip
 
     for i, packs in enumerate(batches):
         tokens, sequences, most = global_counts(packs, policy.device)
@@ -227,7 +254,7 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
         packs = packs + [replace(packs[0], loss_mask=torch.zeros_like(packs[0].loss_mask))] * (most - len(packs))
         for packed in packs:
             packed = packed.to(policy.device)
-            scale = token_scale(packed, cfg.normalize, tokens, sequences)
+            scale = token_scale(packed, cfg.normalize, tokens, sequences, cfg.max_completion_tokens)
             loss, seen, logp, _ = policy(packed, temperature=cfg.temperature, scale=scale, **settings)
             loss.backward()
             stats.add(seen)
@@ -278,11 +305,30 @@ def take(rows: list[dict], cursor: int, count: int, seed: int) -> list[dict]:
     return out
 
 
-def score(pool, rows: list[dict], groups: list[list]) -> tuple[Tensor, list[dict]]:
+def score(pool, rows: list[dict], groups: list[list], cfg: Config) -> tuple[Tensor, list[dict]]:
     """Rewards (B, G) and every part by name, a dict a completion in the same order."""
-    texts = [c.text for group in groups for c in group]
-    parts = pool.score(texts, [row for row, group in zip(rows, groups) for _ in group])
+    completions = [c for group in groups for c in group]
+    parts = pool.score([c.text for c in completions], [row for row, group in zip(rows, groups) for _ in group])
+    if weights := part_weights(cfg):
+        for c, own in zip(completions, parts):
+            own["repetition"] = rewards.repetition_penalty(c.text)
+            own["overlong"] = rewards.overlong_penalty(len(c.token_ids), cfg.max_completion_tokens, cfg.overlong_buffer)
+            if missing := weights.keys() - own.keys():
+                raise ValueError(f"--part-weights: the reward {cfg.reward} has no part {missing.pop()!r}, only {', '.join(own)}")
+            own["total"] = sum(weight * own[name] for name, weight in weights.items())
     return torch.tensor([p["total"] for p in parts]).view(len(groups), -1), parts
+
+
+def part_weights(cfg: Config) -> dict[str, float]:
+    """"accuracy=0.5,format=0.1" -> {"accuracy": 0.5, "format": 0.1}; empty for None. Raises ValueError, one line."""
+    weights = {}
+    for part in filter(None, (cfg.part_weights or "").split(",")):
+        name, _, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"--part-weights {part}: write name=number, say accuracy=0.5") from None
+    return weights
 
 
 def validate(rollout, policy, processor, pool, rows: list[dict], cfg: Config, rank: int, world: int) -> dict:
@@ -293,7 +339,7 @@ def validate(rollout, policy, processor, pool, rows: list[dict], cfg: Config, ra
     groups = rollout.generate(prompts, n=1, max_tokens=cfg.max_completion_tokens, temperature=cfg.val_temperature,
                               seed=cfg.seed) if own else []  # fmt: skip
     rollout.sleep()
-    _, parts = score(pool, own, groups) if own else (None, [])
+    _, parts = score(pool, own, groups, cfg) if own else (None, [])
     return reward_metrics("val", parts, groups)
 
 
@@ -315,9 +361,11 @@ def check_config(cfg: Config, world: int) -> None:
         raise ValueError("--group-size: a group needs at least 2 completions")
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
+    part_weights(cfg)
     for flag, value, known in (("normalize", cfg.normalize, NORMALIZERS), ("kl", cfg.kl, KL_ESTIMATORS),
                                ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS),
-                               ("kernels", cfg.kernels, KERNELS)):  # fmt: skip
+                               ("kernels", cfg.kernels, KERNELS), ("loss", cfg.loss, LOSSES),
+                               ("baseline", cfg.baseline, BASELINES)):  # fmt: skip
         if value not in known:
             raise ValueError(f"--{flag} {value}: one of {', '.join(known)}")
 
@@ -393,17 +441,19 @@ def main(cfg: Config) -> None:
             if isinstance(rollout, VLLMRollout):
                 check_engine(rollout, policy, encode(rows[0], processor, **encoding(cfg)), cfg)
             run = Path("runs") / cfg.name
+            tracker = runs.open_tracker(cfg.tracker if rank == 0 else "none", run, asdict(cfg))
             if rank == 0:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()
             pool.file = run / "failures.jsonl"
-        train(cfg, policy, processor, rollout, pool, rows, val_rows, run, rank, world)
+        train(cfg, policy, processor, rollout, pool, rows, val_rows, run, tracker, rank, world)
         ranks.leave()
 
 
 # Settings that a resumed run may change without becoming another run.
 MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
-              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step")  # fmt: skip
+              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step",
+              "tracker")  # fmt: skip
 
 
 def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank: int):
@@ -443,7 +493,7 @@ def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> None:
     raise ValueError(f"{said}, more than --max-gap {cfg.max_gap}: try --sleep-level 1, then --rollout hf")
 
 
-def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, rank: int, world: int) -> None:
+def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, tracker, rank: int, world: int) -> None:
     """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
     reference = frozen_copy(policy) if cfg.kl != "none" and cfg.kl_coef > 0 else None
     optimizer = MasterOptimizer(
@@ -480,8 +530,8 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
         rollout.sleep()
         metrics |= {f"memory/after_sleep_{who}": gib for who, gib in rollout.memory().items()}
         clock.lap("sleep")
-        rewards, parts = score(pool, own, groups)  # (B, G)
-        advantages = group_advantages(rewards, scale_by_std=cfg.scale_by_std)  # (B, G)
+        totals, parts = score(pool, own, groups, cfg)  # (B, G)
+        advantages = group_advantages(totals, scale_by_std=cfg.scale_by_std, baseline=cfg.baseline)  # (B, G)
         clock.lap("reward")
         with speed.profiled(run / "profile" if step == cfg.profile_step and rank == 0 else None):
             metrics |= train_step(policy, reference, optimizer, prompts, groups, advantages, cfg, step=step)
@@ -502,6 +552,7 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
             metrics |= meter.read(metrics, groups)
         if rank == 0:
             runs.log_metrics(run, step, metrics)
+            tracker(step, metrics)
             if step % cfg.samples_every == 0 or last:
                 runs.log_samples(run, step, transcripts(own, groups, parts, advantages))
             progress.show(step, {"reward": metrics["reward/total"], "accuracy": metrics.get("reward/accuracy", 0.0)})
@@ -529,5 +580,5 @@ def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: flo
 
 
 if __name__ == "__main__":
-    runs.check_preset(sys.argv, PRESETS)
+    flags.check(sys.argv, Config, PRESETS, __doc__.splitlines()[0])
     main(tyro.extras.overridable_config_cli(PRESETS))

@@ -23,6 +23,7 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
+import flags
 import memory
 import ranks
 import rewards
@@ -42,47 +43,50 @@ class Config:
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # checkpoint folder, hub id, or random:tiny|demo|3b|7b
     processor: str | None = None  # tokenizer and picture processor, if not the model's own
     data: str = "OX-PIXL/STVQA-7K@train"  # as train_grpo.py takes it; scenes:LEVEL@train draws new rows for ever
-    val_data: str | None = None
+    val_data: str | None = None  # the same for validation
     limit: int | None = None  # first rows of data only; scenes: None never repeats a row
-    val_limit: int | None = 256
+    val_limit: int | None = 256  # first rows of val_data only
     name: str = "sft"  # run folder: runs/NAME
-    resume: bool = False
-    seed: int = 1
+    resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
+    seed: int = 1  # of everything drawn: rows, random weights
 
+    # what is taught
     response: str = "full"  # full: the four-tag text with its scene graph; answer: the bare answer (the papers' baseline)
     careless: float = 0.0  # share of procedural rows whose response answers wrongly, with the right boxes
     style: str = "row"  # prompt style, as in train_grpo.py
-    box_frame: str = "original"
-    min_pixels: int = 512 * 512
-    max_pixels: int = 2048 * 2048
-    max_prompt_tokens: int = 6144
+    box_frame: str = "original"  # boxes in pixels of the original or the resized picture
+    min_pixels: int = 512 * 512  # pictures are resized into this range before the processor sees them
+    max_pixels: int = 2048 * 2048  # the upper end of that range
+    max_prompt_tokens: int = 6144  # longer prompts are dropped at load, and counted
 
+    # optimisation
     steps: int = 645  # optimiser steps
     rows_per_step: int = 32  # over all ranks
     token_budget: int = 16384  # packed tokens of a micro-batch
     workers: int = 2  # processes that draw, encode and pack; 0: this one
-    lr: float = 1e-5
+    lr: float = 1e-5  # learning rate, its peak
     schedule: str = "cosine"  # constant, cosine, linear
-    warmup_steps: int = 64
+    warmup_steps: int = 64  # up to the peak
     optimizer: str = "adamw"  # adamw or muon
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    freeze_vision: bool = False
+    weight_decay: float = 0.01  # AdamW's
+    betas: tuple[float, float] = (0.9, 0.999)  # likewise
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this
+    freeze_vision: bool = False  # leave the vision tower as it is
     checkpoint_layers: int | None = None  # see train_grpo.py
     kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
-    dtype: str = "auto"
-    device: str = "auto"
+    dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
 
+    # validation and records
     max_completion_tokens: int = 512  # of validation
-    val_temperature: float = 0.0
-    rollout_sequences: int = 256
+    val_temperature: float = 0.0  # 0 is greedy
+    rollout_sequences: int = 256  # completions decoded side by side
     reward: str = "spatialthinker"  # of validation
-    reward_mode: str = "corrected"
-    similarity: str = "exact"
-    val_every: int = 100
-    save_every: int = 100
-    keep: int = 2
+    reward_mode: str = "corrected"  # or upstream
+    similarity: str = "exact"  # of object labels: lexical, exact, spacy, or file.py:function
+    val_every: int = 100  # steps; 0: never
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # checkpoints
 
 
 DEMO = Config(
@@ -236,5 +240,5 @@ def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, ran
 
 
 if __name__ == "__main__":
-    runs.check_preset(sys.argv, PRESETS)
+    flags.check(sys.argv, Config, PRESETS, __doc__.splitlines()[0])
     main(tyro.extras.overridable_config_cli(PRESETS))
