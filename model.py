@@ -9,9 +9,11 @@ positions and attending to the prompt and to itself (kernels/prefix_attention.py
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 
@@ -20,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kernels import prefix_attention
 from kernels.linear_policy_loss import linear_policy_loss
@@ -359,11 +362,18 @@ class Policy(nn.Module):
         self.config = model.config
         self.kernels = kernels
         self.checkpointed = 0  # language layers
+        self.compute_dtype: torch.dtype | None = None  # of sharded weights; their shards may be fp32 (shard_policy)
+        self.sharded_tower = False
         self.register_buffer("banned", banned.to(next(model.parameters()).device), persistent=False)
 
     @property
     def device(self) -> torch.device:
         return self.banned.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.compute_dtype or next(self.model.parameters()).dtype
 
     @property
     def vision(self) -> nn.Module:
@@ -410,7 +420,7 @@ class Policy(nn.Module):
         if features is not None:
             assert len(features) == len(picture_rows), f"{len(features)} features, {len(picture_rows)} placeholders"
             return embeds.index_put((picture_rows,), features.to(embeds.dtype))
-        if torch.is_grad_enabled() and self.trains_vision:
+        if self.sharded_tower or (torch.is_grad_enabled() and self.trains_vision):
             # No picture here, but other ranks may have one: a pass of weight zero keeps the collectives in step.
             merge = self.config.vision_config.spatial_merge_size
             width = self.vision.patch_embed.proj.weight[0].numel()
@@ -495,20 +505,83 @@ def frozen_copy(policy: Policy) -> Policy:
     return reference.requires_grad_(False).eval()
 
 
+def shard_policy(policy: Policy, *, masters: bool = True, tower: bool = True, host: bool = False) -> Policy:
+    """Cuts the parameters over all ranks, in place, with FSDP2: a group a language layer and vision block, and one of the
+    rest (embeddings, head, norms), which Policy.forward gathers. Every group is gathered for its pass and freed after it.
+
+    masters: the shards become fp32, computed with in the dtype they had; gradients are summed, not averaged, in fp32.
+    tower False leaves the vision tower whole: a frozen one runs for pictures only, and not equally often on every rank.
+    host: shards lie in pinned host memory and visit the GPU group by group. Needs a process group, with one rank too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    compute, on_gpu = policy.dtype, policy.device.type == "cuda"
+    settings = dict(
+        mesh=init_device_mesh(policy.device.type, (dist.get_world_size(),)), reshard_after_forward=True,
+        # inputs stay as they are: the tower's rope is computed in fp32 and would be rounded
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy() if host and on_gpu else OffloadPolicy(),
+    )  # fmt: skip
+    for part in [*policy.language.layers, *(policy.vision.blocks if tower else ())]:
+        fully_shard(part, **settings)
+    fully_shard(policy, **settings, ignored_params=None if tower else set(policy.vision.parameters()))
+    for part in policy.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # otherwise the factor 1 takes an operation that only NCCL has
+    policy.compute_dtype, policy.sharded_tower = compute, tower
+    if masters:
+        policy.float()
+        if not tower:
+            policy.vision.to(compute)
+    return policy
+
+
 def weights(policy: Policy, *, dtype: torch.dtype | None = torch.bfloat16, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of every parameter, one at a time: what the engine and the checkpoint get.
+    """(Hugging Face name, tensor) of every parameter, one at a time: what the engine and the checkpoint get. Of a sharded
+    policy on every rank, all of which must take all of them.
 
-    dtype None leaves them as they are: rounding a float32 policy to bf16 for an engine that computes in float32 would
-    make a gap between the two. trained=True leaves frozen parameters out."""
-    tied = policy.config.tie_word_embeddings
-    for name, parameter in policy.model.named_parameters():
-        if not (tied and name == "lm_head.weight") and (parameter.requires_grad or not trained):
-            yield name, parameter.detach().to(dtype or parameter.dtype)
+    dtype None leaves them as they are computed with: rounding a float32 policy to bf16 for an engine that computes in
+    float32 would make a gap between the two. trained=True leaves frozen parameters out."""
+    tied, dtype = policy.config.tie_word_embeddings, dtype or policy.dtype
+    chosen = [(name, parameter) for name, parameter in policy.model.named_parameters()
+              if not (tied and name == "lm_head.weight") and (parameter.requires_grad or not trained)]  # fmt: skip
+    yield from gathered([pair for pair in chosen if isinstance(pair[1], DTensor)], dtype, policy.device)
+    for name, parameter in chosen:
+        if not isinstance(parameter, DTensor):
+            yield name, parameter.detach().to(dtype)
 
 
-def save_hf(policy: Policy, processor, folder: Path) -> None:
-    """A folder that `from_pretrained` and vLLM load as it is, in bf16."""
-    state = {name: tensor.cpu() for name, tensor in weights(policy)}
+@torch.no_grad()
+def gathered(sharded: list[tuple[str, Tensor]], dtype: torch.dtype, device, bucket: int = 1 << 28) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors of sharded parameters, by one all-gather for each `bucket` numbers: tensor by tensor most of the time
+    would be waiting. A parameter of n rows lies on W ranks in ceil(n / W) rows each, the last ones short or empty."""
+    world = dist.get_world_size() if sharded else 1
+    while sharded:
+        sizes = [-(-p.shape[0] // world) * math.prod(p.shape[1:]) for _, p in sharded]  # with padding, a rank
+        count = max(1, sum(total * world <= bucket for total in accumulate(sizes)))
+        part, sizes, sharded = sharded[:count], sizes[:count], sharded[count:]
+        own = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        for (_, parameter), place in zip(part, own.split(sizes)):
+            local = parameter.to_local().flatten()
+            place[: len(local)].copy_(local)
+        everyone = own.new_empty(world * len(own))
+        dist.all_gather_into_tensor(everyone, own)
+        for (name, parameter), rows in zip(part, everyone.view(world, -1).split(sizes, dim=1)):  # (world, size)
+            yield name, rows.reshape(-1)[: parameter.numel()].view(parameter.shape)
+
+
+def save_hf(policy: Policy, processor, folder: Path, *, write: bool = True) -> None:
+    """A folder that `from_pretrained` and vLLM load as it is, in bf16. Every rank of a sharded policy calls it, one with
+    write=True; the whole weights are in its host memory only."""
+    if not write and policy.compute_dtype is None:
+        return
+    state = {}
+    for name, tensor in weights(policy):
+        if write:
+            state[name] = tensor.to("cpu", copy=True)  # parameters may be parts of one buffer, which safetensors refuses
+    if not write:
+        return
     if policy.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     policy.model.save_pretrained(folder, state_dict=state)
@@ -519,18 +592,3 @@ def save_hf(policy: Policy, processor, folder: Path) -> None:
     processor.save_pretrained(folder)
     for file in Path(folder).glob("*.safetensors"):  # written for the owner alone; a checkpoint is to be shared
         file.chmod(0o644)
-
-
-def reduce_gradients(gradients: list[Tensor], bucket_bytes: int = 256 << 20) -> None:
-    """Sum gradients over ranks, in flat buckets. A sum, not a mean: the loss is already divided by global counts."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    bucket: list[Tensor] = []
-    for i, gradient in enumerate(gradients):
-        bucket.append(gradient)
-        if i == len(gradients) - 1 or sum(g.nbytes for g in bucket) >= bucket_bytes:
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-                g.copy_(part.view_as(g))
-            bucket = []
