@@ -18,6 +18,6 @@ def show(cfg, policy: Policy, processor, prompts: list, rows: int, world: int) -
     engine = 0.0
     if choose_rollout(cfg.rollout, policy.device) == "vllm" and policy.device.type == "cuda":
         engine = cfg.engine_memory * torch.cuda.get_device_properties(policy.device).total_memory / memory.GIB
-    print("\nmemory of one rank, estimated, GiB:")
-    for phase, parts in memory.estimate(cfg, policy, engine).items():
+    print(f"\nmemory of one of {world} ranks, --shard {cfg.shard}, reference {cfg.reference}, estimated, GiB:")
+    for phase, parts in memory.estimate(cfg, policy, engine, world, cfg.shard, cfg.reference).items():
         print(f"  {phase:9s} {sum(parts.values()):7.2f}   " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v > 0.005))

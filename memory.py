@@ -4,12 +4,17 @@ Bytes of weights and optimiser follow from shapes. Activations are counted from 
 token (docs/performance.md compares the count with measurements).
 """
 
+import math
+
 import torch
 
 import ranks
 from kernels.logprob import CHUNK_BYTES
+from optim import STATE_BYTES
 
 GIB = 2**30
+SHARDS = ("auto", "none", "optimizer", "fsdp")
+REFERENCES = ("auto", "gpu", "sharded", "host")
 SLACK = 3 * GIB  # fragments of the allocator, workspaces, picture features, the graph's small tensors
 
 
@@ -49,31 +54,81 @@ def layers_to_checkpoint(policy, optimizer, packs: list, wanted: int | None) -> 
         return min(depth, wanted or 0)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     free -= optimizer.bytes_to_come() + head_bytes(policy.config.text_config) + SLACK
+    free -= gathered_bytes(policy) if policy.sharded else 0
     sizes = [(len(p.ids), 0 if p.pixels is None else len(p.pixels)) for p in packs]
     fits = (n for n in range(depth) if all(activations(policy, *size, n) <= free for size in sizes))
     return max(ranks.gather(next(fits, depth)))
 
 
-def estimate(cfg, policy, engine: float) -> dict[str, dict[str, float]]:
-    """GiB by phase and cause of one rank, for train_grpo.py --dry-run; engine: GiB the awake engine fills, 0 without."""
-    text, width = policy.config.text_config, next(policy.model.parameters()).element_size()
+def gathered_bytes(policy) -> int:
+    """What fsdp holds beside its shards in the middle of a backward pass: the weights of the root group (embeddings, head)
+    and of two layers, and of each group its gradient, and that once more in fp32 on its way to the other ranks."""
+    width = policy.dtype.itemsize
+    layer = sum(p.numel() for p in policy.language.layers[0].parameters())
+    inside = sum(p.numel() for part in (*policy.language.layers, *policy.vision.blocks) for p in part.parameters())
+    root = sum(p.numel() for p in policy.model.parameters()) - inside
+    return (root + 2 * layer) * (2 * width + 4)
+
+
+def held(cfg, policy, world: int, shard: str, reference: str) -> dict[str, float]:
+    """Bytes that one rank holds from the first step on, by cause; shard and reference as choose_shard returns them."""
+    width = policy.dtype.itemsize
     everything = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    held = {
-        "weights": everything * width / GIB,
-        "masters": trained * (4 if width < 4 else 0) / GIB,
-        "moments": 0.0 if cfg.offload_moments else trained * 8 / GIB,
-        "reference": everything * width / GIB if cfg.kl != "none" and cfg.kl_coef > 0 else 0.0,
-    }
+    owned = trained / (1 if shard == "none" else world)
+    master, moments = STATE_BYTES[cfg.optimizer]
+    if shard == "fsdp":  # the shards are the masters; a frozen tower is whole
+        weights, master = width * (everything - trained), 4
+    else:
+        weights, master = width * everything, master if width < 4 else 0
+    share = {"none": 0.0, "gpu": 1.0, "sharded": 1 / world, "host": 0.0}[reference]
+    return {"weights": weights, "masters": master * owned, "moments": 0 if cfg.offload_moments else moments * owned,
+            "reference": width * everything * share}  # fmt: skip
+
+
+def update(cfg, policy, world: int, shard: str) -> dict[str, float]:
+    """Bytes that come on top during the update, with every layer recomputed unless cfg.checkpoint_layers says otherwise."""
+    text = policy.config.text_config
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    layers = text.num_hidden_layers if cfg.checkpoint_layers is None else cfg.checkpoint_layers
+    return {
+        "gradients": 4 * trained / (world if shard == "fsdp" else 1),
+        "gathered": gathered_bytes(policy) if shard == "fsdp" else 0,
+        "activations": activations(policy, cfg.token_budget, 0, layers), "head": head_bytes(text), "reserve": SLACK,
+    }  # fmt: skip
+
+
+def choose_shard(cfg, policy, world: int, *, reference: str = "none", total: float | None = None) -> tuple[str, str]:
+    """What `auto` of --shard and --reference means here; reference `none` where there is none.
+
+    As little is cut as `total` bytes of GPU memory (this GPU's) allow: what is whole needs no communication in the forward
+    pass, and none when the engine gets the weights."""
+
+    def choice(shard: str) -> tuple[str, str]:
+        return shard, reference if reference != "auto" else "sharded" if shard == "fsdp" else "gpu"
+
+    if cfg.shard != "auto":
+        return choice(cfg.shard)
+    if world == 1 or cfg.optimizer == "muon":
+        return choice("none")
+    if total is None:
+        total = torch.cuda.get_device_properties(policy.device).total_memory if policy.device.type == "cuda" else math.inf
+    needed = (*held(cfg, policy, world, *choice("optimizer")).values(), *update(cfg, policy, world, "optimizer").values())
+    return choice("optimizer" if sum(needed) <= total or cfg.optimizer == "kahan" else "fsdp")
+
+
+def estimate(cfg, policy, engine: float, world: int, shard: str, reference: str) -> dict[str, dict[str, float]]:
+    """GiB by phase and cause of one rank, for train_grpo.py --dry-run; engine: GiB the awake engine fills, 0 without."""
+    text, width = policy.config.text_config, policy.dtype.itemsize
+    always = {cause: size / GIB for cause, size in held(cfg, policy, world, shard, reference).items()}
     if engine:
         sampling = {"engine": engine}
     else:
         cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * width
         sampling = {"key-value cache": cfg.rollout_sequences * (cfg.max_prompt_tokens + cfg.max_completion_tokens) * cache / GIB}
-    kept = activations(policy, cfg.token_budget, 0, cfg.checkpoint_layers or 0)
+    everything = sum(p.numel() for p in policy.model.parameters())
     return {
-        "generate": {**held, **sampling},
-        "update": {**held, "gradients": trained * 4 / GIB, "activations": kept / GIB,
-                   "head": head_bytes(text) / GIB},
-        "save": {**held, "copy on the host": everything * 2 / GIB},
+        "generate": {**always, **sampling},
+        "update": {**always, **{cause: size / GIB for cause, size in update(cfg, policy, world, shard).items()}},
+        "save": {**always, "copy on the host": everything * 2 / GIB},
     }

@@ -376,6 +376,10 @@ class Policy(nn.Module):
         return self.compute_dtype or next(self.model.parameters()).dtype
 
     @property
+    def sharded(self) -> bool:
+        return self.compute_dtype is not None
+
+    @property
     def vision(self) -> nn.Module:
         return self.model.model.visual
 
@@ -574,7 +578,7 @@ def gathered(sharded: list[tuple[str, Tensor]], dtype: torch.dtype, device, buck
 def save_hf(policy: Policy, processor, folder: Path, *, write: bool = True) -> None:
     """A folder that `from_pretrained` and vLLM load as it is, in bf16. Every rank of a sharded policy calls it, one with
     write=True; the whole weights are in its host memory only."""
-    if not write and policy.compute_dtype is None:
+    if not write and not policy.sharded:
         return
     state = {}
     for name, tensor in weights(policy):

@@ -163,7 +163,8 @@ class MasterOptimizer:
         else:
             moments = [self._moments(bucket) for bucket in self.buckets]
         slices = [{"master": b.saved_master(), **own} for b, own in zip(self.buckets, moments)]
-        return state | {"shapes": [tuple(p.shape) for p in self.params], "slices": slices}
+        places = [(i, at) for i, bucket in enumerate(self.buckets) for at in bucket.offsets]  # of each name: bucket, first number
+        return state | {"shapes": [tuple(p.shape) for p in self.params], "places": places, "slices": slices}
 
     def _moments(self, bucket) -> dict:
         """torch's state of this bucket; empty before the first step."""
@@ -260,7 +261,9 @@ class Bucket:
             self.master.grad_dtype = torch.float32
         self.accumulated: Tensor | None = None
         for i, parameter in enumerate(self.params):
-            parameter.register_post_accumulate_grad_hook(self._adder(i))
+            if hasattr(parameter, "adder"):  # of an older optimiser
+                parameter.adder.remove()
+            parameter.adder = parameter.register_post_accumulate_grad_hook(self._adder(i))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a whole buffer, in their shapes."""
@@ -296,6 +299,7 @@ class Bucket:
 
     def publish(self) -> None:
         """Masters -> weights, on every rank."""
+        assert self.params[0].data_ptr() == self.weights.data_ptr(), "the model was moved or converted after its optimiser was made"
         mine = self.weights[self.own]
         if mine.data_ptr() != self.master.data_ptr():
             mine.copy_(self.master)
@@ -327,6 +331,8 @@ class Bucket:
 class Shard:
     """The same verbs for this rank's rows of one parameter that fully_shard has cut: FSDP sums its gradient over ranks and
     gathers its weights by itself. `master` (numbers,) may be empty: ranks beyond the parameter's rows own nothing."""
+
+    offsets = [0]
 
     def __init__(self, name: str, parameter: nn.Parameter):
         self.parameter, self.master = parameter, parameter.detach().to_local().view(-1)

@@ -79,14 +79,13 @@ class Meter:
         self.rate = matmul_rate(policy.device)
         self.peak = CardPeak(policy.device)
 
-    def read(self, metrics: dict, groups: list[list]) -> dict[str, float]:
-        layers = self.policy.config.text_config.num_hidden_layers
-        world = len(sampled := ranks.gather(sum(len(c.token_ids) for group in groups for c in group)))
+    def read(self, metrics: dict) -> dict[str, float]:
+        layers, world = self.policy.config.text_config.num_hidden_layers, len(ranks.gather(0))
         mfu, hfu = utilisation(
             self.policy, tokens=metrics["speed/packed_tokens"] / world, passes=self.passes, rate=self.rate,
             recomputed=metrics["speed/checkpointed_layers"] / layers, seconds=metrics["time/update"],
         )  # fmt: skip
-        found = {"speed/sampled_tokens": sum(sampled), "speed/mfu": mfu, "speed/hfu": hfu, "speed/matmul_tflops": self.rate / 1e12}
+        found = {"speed/mfu": mfu, "speed/hfu": hfu, "speed/matmul_tflops": self.rate / 1e12}
         if self.policy.device.type == "cuda":
             found |= {"speed/peak_gib": self.peak.take()}
         return found

@@ -39,7 +39,7 @@ from data.dataset import encode, encode_rows, load_rows
 from kernels.policy_loss import KL_ESTIMATORS, LOSSES
 from metrics import Clock, LossStats, reward_metrics
 from model import (
-    Packed, Policy, frozen_copy, load_policy, pack, pack_groups, reduce_gradients, save_hf, weights,
+    Packed, Policy, frozen_copy, group_tokens, load_policy, pack, pack_groups, save_hf, shard_policy, weights,
 )  # fmt: skip
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import HFRollout, VLLMRollout, choose_rollout
@@ -81,6 +81,9 @@ class Config:
     importance_cap: float = 2.0  # vLLM: cap of the weight exp(trainer - engine log-prob) of a token; 0: no weight
     max_gap: float = 0.2  # the run stops when engine and trainer log-probs differ by more, on average
 
+    dynamic_sampling: bool = False  # sample on until no group of the step has equal rewards
+    max_rounds: int = 4  # of it; what is missing then is filled with groups of equal rewards
+
     # reward
     reward: str = "spatialthinker"  # spatialthinker, vanilla, vanilla-scene, or path/to/file.py:function
     reward_mode: str = "upstream"  # upstream (as published) or corrected
@@ -112,13 +115,15 @@ class Config:
     lr: float = 1e-6  # learning rate, its peak
     schedule: str = "constant"  # constant, cosine, linear
     warmup_steps: int = 0  # of optimiser steps
-    optimizer: str = "adamw"  # adamw or muon, on fp32 master weights
+    optimizer: str = "adamw"  # adamw, adamw8bit, muon (fp32 master weights), kahan (bf16, what rounding takes is kept)
     weight_decay: float = 0.01  # AdamW's
     betas: tuple[float, float] = (0.9, 0.999)  # likewise
     max_grad_norm: float = 1.0  # a longer gradient is cut to this
     max_skipped: int = 10  # optimiser steps in a row with a non-finite gradient before the run stops
     freeze_vision: bool = False  # leave the vision tower as it is (published: trained)
     offload_moments: bool = False  # AdamW's moments in host memory but for its step: 8 bytes a parameter of GPU memory
+    shard: str = "auto"  # none, optimizer (every rank steps a slice), fsdp (weights in slices too); auto: what memory allows
+    reference: str = "auto"  # gpu (whole on each), sharded (over the ranks), host (in host memory); auto: as the policy
     checkpoint_layers: int | None = None  # language layers whose activations are recomputed; None: as few as memory needs
     kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
@@ -260,7 +265,6 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
             stats.add(seen)
             if packed.old_logp is not None or len(batches) == 1:  # nothing was updated since these were sampled
                 stats.add_gap(logp if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
-        reduce_gradients(optimizer.gradients)
         rate = learning_rate(step * cfg.mini_batches + i, peak=cfg.lr, schedule=cfg.schedule,
                              warmup_steps=cfg.warmup_steps, total_steps=cfg.steps * cfg.mini_batches)  # fmt: skip
         stats.norms.append(optimizer.step(lr=rate))
@@ -273,7 +277,10 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
 def passes_before(policy: Policy, reference: Policy | None, packs: list[Packed], cfg: Config) -> None:
     """Writes into the packs what stays fixed over the optimiser steps of a rollout: reference and old log-probs, and the
     features of a vision tower that is not trained, the reference's own then."""
-    for packed in packs:
+    # A forward pass through shards is a collective: every rank runs the same number, the extra ones for nothing.
+    sharded = any(one is not None and one.sharded for one in (policy, reference))
+    extra = max(ranks.gather(len(packs))) - len(packs) if sharded else 0
+    for packed in packs + [replace(packs[0]) for _ in range(extra)]:
         on_device = packed.to(policy.device)
         if packed.pixels is not None and not policy.trains_vision:
             packed.features = on_device.features = policy.picture_features(on_device.pixels, packed.grid)
@@ -347,9 +354,97 @@ def encoding(cfg: Config) -> dict:
     return dict(style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
 
 
-def sampling_seed(cfg: Config, step: int, rank: int) -> int:
-    """Different for every step and rank, the same when a run is resumed."""
-    return (cfg.seed * 1_000_003 + step) * 1_009 + rank
+def sampling_seed(cfg: Config, step: int, rank: int, round: int = 0) -> int:
+    """Different for every step, rank and round of dynamic sampling, the same when a run is resumed."""
+    return (cfg.seed * 1_000_003 + step) * 1_009 + rank + (round << 48)
+
+
+@dataclass
+class Share:
+    """This rank's part of a step's groups: B whole ones."""
+
+    rows: list[dict]
+    prompts: list
+    groups: list[list]  # B lists of G completions
+    parts: list[dict]  # of the reward, B * G
+
+    @property
+    def rewards(self) -> Tensor:  # (B, G)
+        return torch.tensor([part["total"] for part in self.parts]).view(len(self.groups), -1)
+
+
+def collect(cfg: Config, policy: Policy, rollout, processor, pool, rows: list[dict], cursor: int, step: int, clock: Clock,
+            rank: int, world: int) -> tuple[Share, int, dict]:  # fmt: skip
+    """Rows, completions and rewards of a step: this rank's share, the next cursor, metrics of all that was sampled.
+
+    Dynamic sampling draws on in the one global order, in rounds that all ranks end together, until prompts_per_step groups
+    have unequal rewards; of surplus ones the last go, and the cursor moves past everything drawn."""
+    drawn, held, metrics, every = [], {}, {}, Share([], [], [], [])
+    live: list[int] = []
+    for round in range(cfg.max_rounds if cfg.dynamic_sampling else 1):
+        first, count = len(drawn), draw_next(len(live), len(drawn), cfg.prompts_per_step, world)
+        drawn += take(rows, cursor + first, count, cfg.seed)
+        own = range(first + rank, len(drawn), world)
+        prompts = [encode(drawn[i], processor, **encoding(cfg)) for i in own]
+        clock.lap("encode")
+        if round == 0:
+            rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
+            clock.lap("sync")
+        groups = rollout.generate(prompts, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
+                                  temperature=cfg.temperature, seed=sampling_seed(cfg, step, rank, round))  # fmt: skip
+        clock.lap("generate")
+        if not cfg.dynamic_sampling:
+            metrics |= fall_asleep(rollout, clock)
+        totals, parts = score(pool, [drawn[i] for i in own], groups, cfg)  # (B, G)
+        clock.lap("reward")
+        every.groups, every.parts = every.groups + groups, every.parts + parts
+        for n, i in enumerate(own):
+            held[i] = (groups[n], parts[n * cfg.group_size : (n + 1) * cfg.group_size], group_tokens(prompts[n], groups[n]), prompts[n])
+        unequal = (totals.amax(dim=1) > totals.amin(dim=1)).tolist()
+        live = sorted(live + [i for found in ranks.gather([i for i, u in zip(own, unequal) if u]) for i in found])
+        if len(live) >= cfg.prompts_per_step:
+            break
+    if cfg.dynamic_sampling:
+        metrics |= fall_asleep(rollout, clock) | {"sampling/rounds": round + 1, "sampling/drawn": len(drawn)}
+    metrics |= reward_metrics("reward", every.parts, every.groups) | {"reward/flat_groups": 1 - len(live) / len(drawn)}
+    metrics["speed/sampled_tokens"] = float(sum(ranks.gather(sum(len(c.token_ids) for group in every.groups for c in group))))
+    share = deal(cfg, drawn, held, live, processor, rank, world)
+    clock.lap("balance")
+    return share, cursor + len(drawn), metrics
+
+
+def draw_next(live: int, drawn: int, wanted: int, world: int) -> int:
+    """How many rows the next round draws: all at first, then as many as the share of live groups so far lets expect."""
+    if drawn == 0:
+        return wanted
+    return min(wanted, -(-(wanted - live) * drawn // (max(1, live) * world)) * world)
+
+
+def fall_asleep(rollout, clock: Clock) -> dict[str, float]:
+    found = {f"memory/after_generate_{who}": gib for who, gib in rollout.memory().items()}
+    rollout.sleep()
+    clock.lap("sleep")
+    return found | {f"memory/after_sleep_{who}": gib for who, gib in rollout.memory().items()}
+
+
+def deal(cfg: Config, drawn: list[dict], held: dict[int, tuple], live: list[int], processor, rank: int, world: int) -> Share:
+    """The groups of the step, in global order, with each mini-batch spread over the ranks by cost (packed tokens)."""
+    if cfg.dynamic_sampling:
+        chosen = sorted([*live, *sorted(set(range(len(drawn))) - set(live))][: cfg.prompts_per_step])
+    else:
+        chosen = list(range(len(drawn)))
+    costs = {i: tokens for found in ranks.gather({i: item[2] for i, item in held.items()}) for i, tokens in found.items()}
+    owners, size = {}, cfg.prompts_per_step // cfg.mini_batches
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        owners |= zip(part, ranks.balance([i % world for i in part], [costs[i] for i in part], world))
+    prompts = {i: item[3] for i, item in held.items()}
+    own = sorted(ranks.exchange({i: item[:2] for i, item in held.items()}, owners).items())
+    return Share(
+        rows=[drawn[i] for i, _ in own],
+        prompts=[prompts[i] if i in prompts else encode(drawn[i], processor, **encoding(cfg)) for i, _ in own],
+        groups=[group for _, (group, _) in own], parts=[part for _, (_, parts) in own for part in parts],
+    )  # fmt: skip
 
 
 def check_config(cfg: Config, world: int) -> None:
@@ -365,7 +460,8 @@ def check_config(cfg: Config, world: int) -> None:
     for flag, value, known in (("normalize", cfg.normalize, NORMALIZERS), ("kl", cfg.kl, KL_ESTIMATORS),
                                ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS),
                                ("kernels", cfg.kernels, KERNELS), ("loss", cfg.loss, LOSSES),
-                               ("baseline", cfg.baseline, BASELINES)):  # fmt: skip
+                               ("baseline", cfg.baseline, BASELINES), ("shard", cfg.shard, memory.SHARDS),
+                               ("reference", cfg.reference, memory.REFERENCES)):  # fmt: skip
         if value not in known:
             raise ValueError(f"--{flag} {value}: one of {', '.join(known)}")
 
@@ -396,24 +492,29 @@ PROMPTING, ASKED_WITH = "prompting.json", ("style", "box_frame", "min_pixels", "
 
 
 def restore(folder, optimizer: MasterOptimizer, rank: int) -> dict:
-    """Weights, optimiser and generators of a checkpoint, in full precision; returns its cursor and counters."""
+    """Weights, optimiser and generators of a checkpoint, in full precision; returns its cursor and counters. It may have
+    been written by another number of ranks. Raises ValueError, one line, if it does not fit this run."""
     state = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    files = sorted((folder / "trainer").glob("rank_*.pt"), key=lambda file: int(file.stem.partition("_")[2]))
+    optimizer.load_state_dict([torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files])
     if rank < len(state["rng"]):
         runs.set_rng_state(state["rng"][rank])
     return state
 
 
 def save(run, step: int, policy, processor, optimizer, cfg: Config, rank: int, **state) -> None:
-    """runs/NAME/step_N: a folder that loads anywhere, and trainer/state.pt to go on from bit for bit."""
+    """runs/NAME/step_N: a folder that loads anywhere, and trainer/ to go on from bit for bit: state.pt, and rank_K.pt of
+    every rank that steps a part of its own."""
     rng = ranks.gather(runs.rng_state())
 
     def write(folder) -> None:
+        save_hf(policy, processor, folder, write=rank == 0)
+        (folder / "trainer").mkdir(exist_ok=True)
         if rank == 0:
-            save_hf(policy, processor, folder)
             (folder / PROMPTING).write_text(json.dumps({key: getattr(cfg, key) for key in ASKED_WITH}, indent=1))
-            (folder / "trainer").mkdir()
-            torch.save({"optimizer": optimizer.state_dict(), "rng": rng, **state}, folder / "trainer" / "state.pt")
+            torch.save({"rng": rng, **state}, folder / "trainer" / "state.pt")
+        if rank == 0 or optimizer.cut:
+            torch.save(optimizer.state_dict(), folder / "trainer" / f"rank_{rank}.pt")
 
     runs.save_checkpoint(run, step, write, keep=cfg.keep, rank=rank, barrier=ranks.barrier)
 
@@ -432,6 +533,9 @@ def main(cfg: Config) -> None:
                 cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
                 freeze_vision=cfg.freeze_vision, never_stop=cfg.fixed_length, kernels=cfg.kernels == "auto",
             )  # fmt: skip
+            wanted = cfg.reference if cfg.kl != "none" and cfg.kl_coef > 0 else "none"
+            shard, reference = memory.choose_shard(cfg, policy, world, reference=wanted)
+            cfg = replace(cfg, shard=shard, reference=reference)
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
             if cfg.dry_run:
@@ -446,27 +550,32 @@ def main(cfg: Config) -> None:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()
             pool.file = run / "failures.jsonl"
-        train(cfg, policy, processor, rollout, pool, rows, val_rows, run, tracker, rank, world)
+            reference, optimizer = prepare(cfg, policy, reference=cfg.reference)
+            state = dict(step=0, cursor=0, skipped=0)
+            if cfg.resume and (newest := runs.latest_checkpoint(run)):
+                state = restore(newest[1], optimizer, rank) | {"step": newest[0]}
+        train(cfg, policy, reference, optimizer, processor, rollout, pool, rows, val_rows, run, tracker, rank, world, state)
         ranks.leave()
 
 
 # Settings that a resumed run may change without becoming another run.
 MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
-              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step",
-              "tracker")  # fmt: skip
+              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step", "tracker", "shard",
+              "reference", "offload_moments")  # fmt: skip
 
 
 def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank: int):
     """The engine, asleep. vLLM sizes its cache by the memory that is free now, so it starts before the optimiser."""
     kind = choose_rollout(cfg.rollout, policy.device)
     if kind == "hf":
-        return HFRollout(policy, processor, max_sequences=cfg.rollout_sequences)
+        copied = cfg.shard == "fsdp"  # decoding goes round the shards
+        return HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
     rollout = VLLMRollout(
         policy.config, processor, banned=policy.banned, max_prompt_tokens=cfg.max_prompt_tokens,
         max_tokens=cfg.max_completion_tokens, memory=cfg.engine_memory, max_sequences=cfg.rollout_sequences,
         sleep_level=cfg.sleep_level, seed=cfg.seed * 1_009 + rank, eager=cfg.engine_eager,
         max_images=max(1, *(len(row["images"]) for row in rows)),
-        dtype=str(next(policy.parameters()).dtype).removeprefix("torch."),
+        dtype=str(policy.dtype).removeprefix("torch."),
     )  # fmt: skip
     rollout.sleep()
     return rollout
@@ -493,18 +602,26 @@ def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> None:
     raise ValueError(f"{said}, more than --max-gap {cfg.max_gap}: try --sleep-level 1, then --rollout hf")
 
 
-def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, tracker, rank: int, world: int) -> None:
-    """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
-    reference = frozen_copy(policy) if cfg.kl != "none" and cfg.kl_coef > 0 else None
-    optimizer = MasterOptimizer(
+def prepare(cfg, policy: Policy, *, reference: str = "none") -> tuple[Policy | None, MasterOptimizer]:
+    """The frozen start, unless `reference` is none, and the optimiser; both policies cut over ranks as the settings say."""
+    if cfg.shard == "fsdp" or reference in ("sharded", "host"):
+        ranks.join_alone(policy.device)
+    start = frozen_copy(policy) if reference != "none" else None
+    if reference in ("sharded", "host"):
+        shard_policy(start, masters=False, tower=policy.trains_vision, host=reference == "host")
+    if cfg.shard == "fsdp":
+        shard_policy(policy, tower=policy.trains_vision)
+    return start, MasterOptimizer(
         policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
-        max_grad_norm=cfg.max_grad_norm, offload_moments=cfg.offload_moments,
+        max_grad_norm=cfg.max_grad_norm, offload_moments=cfg.offload_moments, shard=cfg.shard,
     )  # fmt: skip
+
+
+def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: MasterOptimizer, processor, rollout, pool, rows,
+          val_rows, run, tracker, rank: int, world: int, state: dict) -> None:  # fmt: skip
+    """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
     meter = speed.Meter(policy, passes=(reference is not None) + (cfg.mini_batches > 1)) if cfg.report_speed else None
-    start, cursor, skipped = 0, 0, 0
-    if cfg.resume and (newest := runs.latest_checkpoint(run)):
-        state = restore(newest[1], optimizer, rank)
-        start, cursor, skipped = newest[0], state["cursor"], state["skipped"]
+    start, cursor, skipped = state["step"], state["cursor"], state["skipped"]
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {len(rows)} rows, {world} ranks on {policy.device.type}, {type(rollout).__name__}, from step {start}")
@@ -517,28 +634,13 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
             metrics |= validate(rollout, policy, processor, pool, val_rows, cfg, rank, world)
             clock.lap("validate")
 
-        own = take(rows, cursor, cfg.prompts_per_step, cfg.seed)[rank::world]
-        cursor += cfg.prompts_per_step
-        prompts = [encode(row, processor, **encoding(cfg)) for row in own]
-        clock.lap("encode")
-        rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
-        clock.lap("sync")
-        groups = rollout.generate(prompts, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
-                                  temperature=cfg.temperature, seed=sampling_seed(cfg, step, rank))  # fmt: skip
-        clock.lap("generate")
-        metrics |= {f"memory/after_generate_{who}": gib for who, gib in rollout.memory().items()}
-        rollout.sleep()
-        metrics |= {f"memory/after_sleep_{who}": gib for who, gib in rollout.memory().items()}
-        clock.lap("sleep")
-        totals, parts = score(pool, own, groups, cfg)  # (B, G)
-        advantages = group_advantages(totals, scale_by_std=cfg.scale_by_std, baseline=cfg.baseline)  # (B, G)
-        clock.lap("reward")
+        own, cursor, sampled = collect(cfg, policy, rollout, processor, pool, rows, cursor, step, clock, rank, world)
+        advantages = group_advantages(own.rewards, scale_by_std=cfg.scale_by_std, baseline=cfg.baseline)  # (B, G)
+        metrics |= sampled
         with speed.profiled(run / "profile" if step == cfg.profile_step and rank == 0 else None):
-            metrics |= train_step(policy, reference, optimizer, prompts, groups, advantages, cfg, step=step)
+            metrics |= train_step(policy, reference, optimizer, own.prompts, own.groups, advantages, cfg, step=step)
         clock.lap("update")
 
-        metrics |= reward_metrics("reward", parts, groups)
-        metrics["reward/flat_groups"] = sum(ranks.gather(float((advantages == 0).all(dim=1).float().mean()))) / world
         in_a_row = metrics["optim/skipped_in_a_row"]
         skipped = skipped + in_a_row if in_a_row == cfg.mini_batches else in_a_row
         check_health(cfg, step, metrics, skipped, run)
@@ -549,12 +651,12 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
             clock.lap("validate")
         metrics |= clock.metrics()
         if meter:
-            metrics |= meter.read(metrics, groups)
+            metrics |= meter.read(metrics)
         if rank == 0:
             runs.log_metrics(run, step, metrics)
             tracker(step, metrics)
             if step % cfg.samples_every == 0 or last:
-                runs.log_samples(run, step, transcripts(own, groups, parts, advantages))
+                runs.log_samples(run, step, transcripts(own.rows, own.groups, own.parts, advantages))
             progress.show(step, {"reward": metrics["reward/total"], "accuracy": metrics.get("reward/accuracy", 0.0)})
         if last or stopping or (step + 1) % cfg.save_every == 0:
             save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=cursor, skipped=skipped)

@@ -32,10 +32,10 @@ from data.dataset import encode, encode_rows, load_rows
 from data.responses import mistaken_letter, response_text
 from data.scenes import scene_rows
 from metrics import Clock
-from model import Packed, Policy, load_policy, pack, reduce_gradients
+from model import Packed, Policy, frozen_copy, load_policy, pack
 from optim import MasterOptimizer, learning_rate
 from rollout import Completion, HFRollout
-from train_grpo import encoding, global_counts, restore, save, take, token_scale, validate
+from train_grpo import encoding, global_counts, prepare, restore, save, take, token_scale, validate
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,14 @@ class Config:
     lr: float = 1e-5  # learning rate, its peak
     schedule: str = "cosine"  # constant, cosine, linear
     warmup_steps: int = 64  # up to the peak
-    optimizer: str = "adamw"  # adamw or muon
+    optimizer: str = "adamw"  # adamw, adamw8bit, kahan, muon
     weight_decay: float = 0.01  # AdamW's
     betas: tuple[float, float] = (0.9, 0.999)  # likewise
     max_grad_norm: float = 1.0  # a longer gradient is cut to this
     freeze_vision: bool = False  # leave the vision tower as it is
-    checkpoint_layers: int | None = None  # see train_grpo.py
+    offload_moments: bool = False  # this and the next two: see train_grpo.py
+    shard: str = "auto"  # none, optimizer, fsdp
+    checkpoint_layers: int | None = None  # language layers whose activations are recomputed
     kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
@@ -152,16 +154,16 @@ def response_of(row: dict, cfg: Config) -> str:
 def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float,
              checkpoint_layers: int | None = None) -> dict[str, float]:  # fmt: skip
     """One optimiser step on this rank's micro-batches; the loss is the mean over all ranks' response tokens."""
-    tokens, sequences, _ = global_counts(packs, policy.device)
+    tokens, sequences, most = global_counts(packs, policy.device)
     total = torch.zeros((), device=policy.device)
     policy.checkpoint_layers(memory.layers_to_checkpoint(policy, optimizer, packs, checkpoint_layers))
-    for packed in packs:
+    # Through shards every pass is a collective: every rank runs the same number, the extra ones with weight 0.
+    for packed in packs + [replace(packs[0], loss_mask=torch.zeros_like(packs[0].loss_mask))] * (most - len(packs)):
         packed = packed.to(policy.device)
         logp, _ = policy(packed)
         loss = -(logp * token_scale(packed, "token", tokens, sequences)).sum()
         loss.backward()
         total += loss.detach()
-    reduce_gradients(optimizer.gradients)
     norm = optimizer.step(lr=lr)
     return {"loss/sft": sum(ranks.gather(float(total))), "optim/grad_norm": norm, "data/tokens": tokens}
 
@@ -190,23 +192,23 @@ def main(cfg: Config) -> None:
             if rank == 0:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()
-        train(cfg, policy, processor, pool, rows, val_rows, run, rank, world)
+            cfg = replace(cfg, shard=memory.choose_shard(cfg, policy, world)[0])
+            copied = cfg.shard == "fsdp"
+            rollout = HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
+            _, optimizer = prepare(cfg, policy)
+            start = 0
+            if cfg.resume and (newest := runs.latest_checkpoint(run)):
+                start = newest[0]
+                restore(newest[1], optimizer, rank)
+        train(cfg, policy, optimizer, processor, rollout, pool, rows, val_rows, run, rank, world, start)
         ranks.leave()
 
 
-MAY_DIFFER = ("resume", "val_every", "save_every", "keep", "workers")  # not steps: the schedule hangs on them
+MAY_DIFFER = ("resume", "val_every", "save_every", "keep", "workers", "shard", "offload_moments")  # not steps: the schedule hangs on them
 
 
-def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, rank: int, world: int) -> None:
-    optimizer = MasterOptimizer(
-        policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
-        max_grad_norm=cfg.max_grad_norm,
-    )  # fmt: skip
-    rollout = HFRollout(policy, processor, max_sequences=cfg.rollout_sequences)
-    start = 0
-    if cfg.resume and (newest := runs.latest_checkpoint(run)):
-        start = newest[0]
-        restore(newest[1], optimizer, rank)
+def train(cfg: Config, policy: Policy, optimizer: MasterOptimizer, processor, rollout, pool, rows, val_rows, run, rank: int,
+          world: int, start: int) -> None:  # fmt: skip
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {'endless' if rows is None else len(rows)} rows, {world} ranks on {policy.device.type}, from step {start}")

@@ -18,7 +18,6 @@ from model import (
     pack,
     pack_groups,
     plan_packs,
-    reduce_gradients,
     save_hf,
     stop_ids,
     weights,
@@ -469,12 +468,6 @@ def test_a_tokenizer_larger_than_the_shape_is_refused(monkeypatch):
     monkeypatch.setattr(model_module, "SHAPES", shapes)
     with pytest.raises(ValueError, match="100 vocabulary rows"):
         load_model("random:tiny")
-
-
-def test_one_rank_reduces_nothing():
-    gradient = torch.tensor([1.0, 2.0])
-    reduce_gradients([gradient])
-    assert gradient.tolist() == [1.0, 2.0]
 
 
 def test_two_policies_of_one_seed_are_the_same_policy(tiny):
