@@ -380,11 +380,11 @@ def alike(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.
         yield from grouped(part, lambda pair: pair[1].numel())
 
 
-def grouped(items: Iterable, size: Callable[[object], int], limit: int = BUCKET) -> Iterator[list]:
-    """Consecutive items in lists of at most `limit` together; a larger one is alone."""
+def grouped(items: Iterable, size: Callable[[object], int]) -> Iterator[list]:
+    """Consecutive items in lists of at most BUCKET together; a larger one is alone."""
     part, total = [], 0
     for item in items:
-        if part and total + size(item) > limit:
+        if part and total + size(item) > BUCKET:
             yield part
             part, total = [], 0
         part.append(item)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import optim
-from optim import SCHEDULES, MasterOptimizer, is_block_matrix, learning_rate
+from optim import ALIGN, SCHEDULES, SLICE, Bucket, MasterOptimizer, is_block_matrix, learning_rate
 
 
 def network(dtype=torch.float32, seed=0) -> nn.Module:
@@ -66,6 +66,35 @@ def test_rule_07_a_hundred_steps_of_1e_6_move_bf16_weights_as_fp32_ones(kind):
     exact, ours = (runs[dtype] - start for dtype in (torch.float32, torch.bfloat16))
     assert 3e-5 < exact.norm() / math.sqrt(len(exact)) < 2e-4  # near 100 x 1e-6 each
     assert (ours - exact).norm() < 0.1 * exact.norm()  # what is left comes from bf16 gradients
+
+
+def test_rule_07_kahan_moves_what_bf16_and_its_remainder_hold_together():
+    """Neither master nor fp32 moments: weight and remainder, both bf16, are the weight."""
+    exact, ours = network(), network(torch.bfloat16)
+    start = torch.cat([p.float().flatten() for p in exact.parameters()])
+    plain = MasterOptimizer(exact.named_parameters())
+    train(exact, plain, 100, 1e-6)
+    optimizer = MasterOptimizer(ours.named_parameters(), kind="kahan")
+    train(ours, optimizer, 100, 1e-6)
+    (bucket,) = optimizer.buckets
+    state = optimizer.inner[0].state[bucket.master]
+    assert bucket.master.dtype == torch.bfloat16 and all(state[k].dtype == torch.bfloat16 for k in ("exp_avg", "exp_avg_sq", "compensation"))
+    both = torch.cat([v.flatten() for v in bucket.views(bucket.master.float() + state["compensation"].float())])
+    moved_exactly = torch.cat([p.detach().flatten() for p in exact.parameters()]) - start
+    assert 3e-5 < moved_exactly.norm() / math.sqrt(len(start)) < 2e-4
+    assert (both - start - moved_exactly).norm() < 0.15 * moved_exactly.norm()
+    assert state["compensation"].abs().max() > 0 and (moved(ours, network()) != 0).float().mean() > 0.2, "the bf16 weights move too"
+
+
+def test_kahan_is_adamw_where_nothing_is_lost():
+    """Steps far larger than the spacing of bf16, with weight decay."""
+    ours, theirs = network(torch.bfloat16), network()
+    optimizer = MasterOptimizer(ours.named_parameters(), kind="kahan", weight_decay=0.1)
+    plain = MasterOptimizer(theirs.named_parameters(), weight_decay=0.1)
+    train(ours, optimizer, 20, 1e-3)
+    train(theirs, plain, 20, 1e-3)
+    difference = moved(ours, theirs).norm()
+    assert difference < 0.1 * moved(theirs, network()).norm()
 
 
 def test_rule_07_without_masters_bf16_weights_do_not_move():
@@ -187,8 +216,9 @@ def test_muon_trains_every_parameter():
 # ---------------------------------------------------------------- rule 12: saved state
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, dtype", [
+    ("adamw", torch.float32), ("adamw", torch.bfloat16), ("muon", torch.float32), ("muon", torch.bfloat16), ("kahan", torch.bfloat16),
+])  # fmt: skip
 def test_rule_12_a_restored_optimiser_goes_on_bit_for_bit(kind, dtype, tmp_path):
     straight = network(dtype)
     optimizer = MasterOptimizer(straight.named_parameters(), kind=kind)
@@ -210,6 +240,56 @@ def test_the_state_of_another_model_is_refused():
     module["embed"].requires_grad_(False)
     with pytest.raises(ValueError, match="other parameters than this run .*embed.weight"):
         MasterOptimizer(module.named_parameters()).load_state_dict([state])
+
+
+def test_the_state_of_another_kind_is_refused():
+    module = network(torch.bfloat16)
+    state = MasterOptimizer(module.named_parameters()).state_dict()
+    with pytest.raises(ValueError, match="written with adamw, this run has kahan: give the old --optimizer"):
+        MasterOptimizer(module.named_parameters(), kind="kahan").load_state_dict([state])
+
+
+def test_kinds_that_do_not_go_here_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="kahan keeps bf16 weights"):
+        MasterOptimizer(network().named_parameters(), kind="kahan")
+    with pytest.raises(ValueError, match="adamw8bit needs an NVIDIA GPU"):
+        MasterOptimizer(network().named_parameters(), kind="adamw8bit")
+
+
+def sliced(elements: int, parts: int) -> list[dict]:
+    """What `parts` ranks would have saved of a bucket of `elements` numbers: element i is i, blocks of 256 have one scale."""
+    size = -(-elements // (SLICE * parts)) * SLICE
+    numbers = torch.nn.functional.pad(torch.arange(float(elements)), (0, size * parts - elements))
+    return [{"master": numbers[r * size : (r + 1) * size], "absmax1": numbers[r * size : (r + 1) * size : 256], "step": 7,
+             "qmap1": torch.arange(256.0)} for r in range(parts)]  # fmt: skip
+
+
+@pytest.mark.parametrize("old, new", [(1, 2), (2, 1), (2, 4), (4, 3), (8, 3)])
+def test_slices_are_cut_anew_whatever_the_numbers_of_ranks(old, new):
+    """Scales of 8-bit moments go with their blocks; step counts and tables are nobody's own."""
+    weight = nn.Parameter(torch.zeros(10_000))
+    for index, expected in enumerate(sliced(10_000, new)):
+        found = Bucket([("w", weight)], new, index).recut(sliced(10_000, old))
+        assert found.keys() == expected.keys() and found["step"] == 7
+        assert all(torch.equal(found[key], expected[key]) for key in ("master", "absmax1", "qmap1"))
+
+
+def test_parameters_stay_views_of_their_bucket():
+    """Aligned, none lost, in their values; a copy of the model is a model of its own."""
+    module = network(torch.bfloat16)
+    before = copy.deepcopy(module)
+    optimizer = MasterOptimizer(module.named_parameters())
+    (bucket,) = optimizer.buckets
+    assert moved(module, before).abs().max() == 0 and all(offset % ALIGN == 0 for offset in bucket.offsets)
+    twin = copy.deepcopy(module)
+    train(module, optimizer, 2, 1e-2)
+    for p, view in zip(module.parameters(), bucket.views(bucket.weights), strict=True):
+        assert p.data_ptr() == view.data_ptr() and torch.equal(p, view)
+    assert moved(module, before).abs().max() > 0 and moved(twin, before).abs().max() == 0
+    module.to(torch.float32)
+    output(module, 0).backward()
+    with pytest.raises(AssertionError, match="moved or converted"):
+        optimizer.step(lr=1e-3)
 
 
 # ---------------------------------------------------------------- rule 14: schedules
@@ -265,13 +345,13 @@ def test_moments_from_host_memory_step_as_moments_on_the_gpu():
     for offloaded in (False, True):
         params = [(str(i), torch.nn.Parameter(x.clone())) for i, x in enumerate(start)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optim, "buckets", lambda masters: [[m] for m in masters])
+            patch.setattr(optim, "BUCKET", 1)  # every parameter in one of its own
             optimizer = MasterOptimizer(params, offload_moments=offloaded)
         for step in range(4):
             for i, (_, p) in enumerate(params):
                 (p.float().square().sum() * (i + step + 1)).backward()
             optimizer.step(lr=1e-2)
             if step == 1:
-                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                optimizer.load_state_dict([copy.deepcopy(optimizer.state_dict())])
         states.append([p.detach().clone() for _, p in params])
     assert all(torch.equal(a, b) for a, b in zip(*states))
