@@ -98,11 +98,11 @@ def update(cfg, policy, world: int, shard: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def choose_shard(cfg, policy, world: int, *, reference: str = "none", total: float | None = None) -> tuple[str, str]:
+def choose_shard(cfg, policy, world: int, *, reference: str = "none", engine: float = 0.0, total: float | None = None) -> tuple[str, str]:
     """What `auto` of --shard and --reference means here; reference `none` where there is none.
 
-    As little is cut as `total` bytes of GPU memory (this GPU's) allow: what is whole needs no communication in the forward
-    pass, and none when the engine gets the weights."""
+    As little is cut as `total` bytes of GPU memory (this GPU's) allow, with an awake engine that fills the share `engine` of
+    them: what is whole needs no communication in the forward pass, and none when the engine gets the weights."""
 
     def choice(shard: str) -> tuple[str, str]:
         return shard, reference if reference != "auto" else "sharded" if shard == "fsdp" else "gpu"
@@ -113,8 +113,9 @@ def choose_shard(cfg, policy, world: int, *, reference: str = "none", total: flo
         return choice("none")
     if total is None:
         total = torch.cuda.get_device_properties(policy.device).total_memory if policy.device.type == "cuda" else math.inf
-    needed = (*held(cfg, policy, world, *choice("optimizer")).values(), *update(cfg, policy, world, "optimizer").values())
-    return choice("optimizer" if sum(needed) <= total or cfg.optimizer == "kahan" else "fsdp")
+    always = sum(held(cfg, policy, world, *choice("optimizer")).values())
+    fits = always + max(sum(update(cfg, policy, world, "optimizer").values()), engine * total if engine else 0) <= total
+    return choice("optimizer" if fits or cfg.optimizer == "kahan" else "fsdp")
 
 
 def estimate(cfg, policy, engine: float, world: int, shard: str, reference: str) -> dict[str, dict[str, float]]:
@@ -132,3 +133,26 @@ def estimate(cfg, policy, engine: float, world: int, shard: str, reference: str)
         "update": {**always, **{cause: size / GIB for cause, size in update(cfg, policy, world, shard).items()}},
         "save": {**always, "copy on the host": everything * 2 / GIB},
     }
+
+
+def table() -> str:
+    """docs/memory.md's table: the published presets on cards of 80 and 141 GB, as auto would run them."""
+    import train_grpo
+    from model import load_policy
+
+    lines = ["| preset | card | GPUs | --shard | generate | update | save | fits |", "|---|---|---|---|---|---|---|---|"]
+    for name in ("3b", "7b"):
+        policy, _ = load_policy(f"random:{name}", device="meta", dtype=torch.bfloat16, kernels=False)
+        cfg = train_grpo.PRESETS[f"spatialthinker-{name}"][1]
+        for card in (80e9, 141e9):
+            for world in (1, 2, 4, 8):
+                how = choose_shard(cfg, policy, world, reference="auto", engine=cfg.engine_memory, total=card)
+                phases = estimate(cfg, policy, cfg.engine_memory * card / GIB, world, *how)
+                sums = [sum(parts.values()) for parts in phases.values()]
+                lines.append(f"| spatialthinker-{name} | {card / 1e9:.0f} GB | {world} | {how[0]} | "
+                             + " | ".join(f"{x:.0f}" for x in sums) + f" | {'yes' if max(sums[:2]) < card / GIB else 'no'} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

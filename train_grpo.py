@@ -534,7 +534,8 @@ def main(cfg: Config) -> None:
                 freeze_vision=cfg.freeze_vision, never_stop=cfg.fixed_length, kernels=cfg.kernels == "auto",
             )  # fmt: skip
             wanted = cfg.reference if cfg.kl != "none" and cfg.kl_coef > 0 else "none"
-            shard, reference = memory.choose_shard(cfg, policy, world, reference=wanted)
+            engine = cfg.engine_memory if choose_rollout(cfg.rollout, device) == "vllm" else 0.0
+            shard, reference = memory.choose_shard(cfg, policy, world, reference=wanted, engine=engine)
             cfg = replace(cfg, shard=shard, reference=reference)
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []

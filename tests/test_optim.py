@@ -355,3 +355,34 @@ def test_moments_from_host_memory_step_as_moments_on_the_gpu():
                 optimizer.load_state_dict([copy.deepcopy(optimizer.state_dict())])
         states.append([p.detach().clone() for _, p in params])
     assert all(torch.equal(a, b) for a, b in zip(*states))
+
+
+@pytest.mark.gpu
+def test_rule_07_eight_bit_moments_move_bf16_weights_as_fp32_ones():
+    """A hundred steps of 1e-6; the slice is long enough that bitsandbytes really rounds the moments."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    pytest.importorskip("bitsandbytes")
+    found = {}
+    for kind, dtype in (("adamw", torch.float32), ("adamw8bit", torch.bfloat16)):
+        torch.manual_seed(0)
+        layer = nn.Linear(256, 256, bias=False).cuda()
+        layer.weight.data = (0.02 * torch.randn(256, 256, device="cuda")).bfloat16().to(dtype)
+        start = layer.weight.detach().float().clone()
+        optimizer = MasterOptimizer(layer.named_parameters(), kind=kind)
+        for step in range(100):
+            x = torch.randn(8, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+            layer(x.to(dtype)).float().square().sum().backward()
+            optimizer.step(lr=1e-6)
+        found[kind] = masters(optimizer)[0] - start
+        if kind == "adamw8bit":
+            state = optimizer.inner[0].state[optimizer.buckets[0].master]
+            assert state["state1"].dtype == torch.uint8
+            again = MasterOptimizer(copy.deepcopy(layer).named_parameters(), kind=kind)
+            again.load_state_dict([copy.deepcopy(optimizer.state_dict())])
+            for twin in (optimizer, again):
+                twin.params[0].grad = None
+                (twin.params[0].float().square().sum()).backward()
+                twin.step(lr=1e-3)
+            assert torch.equal(optimizer.buckets[0].master, again.buckets[0].master), "resumed bit for bit"
+    assert (found["adamw8bit"] - found["adamw"]).norm() < 0.2 * found["adamw"].norm()

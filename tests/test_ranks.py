@@ -59,11 +59,13 @@ def batch(policy, processor, name: str):
     return prompts, groups, torch.linspace(-1.5, 2.0, 16).view(8, 2)
 
 
-def one_case(name: str, rank: int, world: int, shard: str = "none", reference: str = "gpu") -> dict:
+def one_case(name: str, rank: int, world: int, shard: str = "none", reference: str = "gpu", *, device: str = "cpu",
+             dtype: torch.dtype = torch.float32) -> dict:  # fmt: skip
     """Gradients of every optimiser step, summed over ranks; whole weights after them; metrics."""
     cfg, rows = CASES[name]
     cfg = replace(cfg, shard=shard)
-    policy, processor = new_policy()
+    policy, processor = new_policy(dtype=dtype)
+    policy.to(device)
     other, optimizer = prepare(cfg, policy, reference=reference)
     with torch.no_grad():  # away from its reference
         for p in policy.parameters():
@@ -81,11 +83,12 @@ def one_case(name: str, rank: int, world: int, shard: str = "none", reference: s
     prompts, groups, advantages = batch(policy, processor, rows)
     own = prompts[rank::world], groups[rank::world], advantages[rank::world]
     metrics = train_step(policy, other, optimizer, *own, cfg, step=0)
+    gradients = [[g.cpu() for g in step] for step in gradients]
     return dict(gradients=gradients, weights=whole(policy), metrics=metrics, micro_batches=sum(micro_batches))
 
 
 def whole(policy) -> list[torch.Tensor]:
-    return [tensor.clone() for _, tensor in sorted(weights(policy, dtype=None), key=lambda pair: pair[0])]
+    return [tensor.to("cpu", copy=True) for _, tensor in sorted(weights(policy, dtype=None), key=lambda pair: pair[0])]
 
 
 def whole_gradients(optimizer, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -249,9 +252,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ranks")
 
 
-def run_ranks(out: Path, count: int) -> list[dict]:
+def run_ranks(out: Path, count: int, file: str = __file__) -> list[dict]:
     out.mkdir()
-    process = torchrun(ROOT, str(Path(__file__)), str(out), count=count)
+    process = torchrun(ROOT, file, str(out), count=count)
     _, err = finish(process, 300)
     assert process.returncode == 0, err[-4000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
