@@ -454,6 +454,8 @@ def check_config(cfg: Config, world: int) -> None:
                          f"{cfg.mini_batches} mini-batches")  # fmt: skip
     if cfg.group_size < 2:
         raise ValueError("--group-size: a group needs at least 2 completions")
+    if cfg.dynamic_sampling and cfg.max_rounds < 1:
+        raise ValueError(f"--max-rounds {cfg.max_rounds}: dynamic sampling needs at least one round")
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
     part_weights(cfg)

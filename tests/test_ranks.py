@@ -530,14 +530,15 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_rule_12_two_ranks_stop_together_and_resume_exactly(tmp_path):
+@pytest.mark.parametrize("shard", ["optimizer", "fsdp"])
+def test_rule_12_two_ranks_stop_together_and_resume_exactly(tmp_path, shard):
     """SIGTERM to rank 1 alone, in the second step: both end after it with status 0, and go on as if nothing was."""
     for folder in ("stopped", "whole"):
         (tmp_path / folder).mkdir()
     name = script(tmp_path / "stopped", "run.py", TERMINATE)
     script(tmp_path / "whole", "run.py", "def here(): pass")
     for folder, resume, lines in (("stopped", (), 2), ("stopped", ("--resume",), 4), ("whole", (), 4)):
-        process = torchrun(tmp_path / folder, name, *SMALL, "--steps", "4", *resume)
+        process = torchrun(tmp_path / folder, name, *SMALL, "--steps", "4", "--shard", shard, *resume)
         _, err = finish(process, 240)
         assert process.returncode == 0, err[-4000:]
         assert len(metrics_of(tmp_path / folder)) == lines

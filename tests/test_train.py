@@ -29,6 +29,9 @@ import zlib
 def score(response, row):
     value = zlib.crc32(response.encode()) % 101 / 100
     return {"total": value, "half": value / 2, "accuracy": float(value > 0.5)}
+
+def picky(response, row):
+    return score(response, row) if zlib.crc32(row["id"].encode()) % 2 else {"total": 0.5}
 """
 
 
@@ -200,17 +203,45 @@ def test_rule_12_a_signal_in_a_step_saves_it_and_the_resumed_run_is_bit_exact(st
 
 @pytest.mark.parametrize("changes", [
     dict(dtype="bfloat16"),
+    dict(shard="fsdp", reference="sharded"),
+    dict(dynamic_sampling=True, max_rounds=3, reward="picky"),
+    pytest.param(dict(dtype="bfloat16", optimizer="kahan"), marks=pytest.mark.slow),
     pytest.param(dict(optimizer="muon", freeze_vision=True), marks=pytest.mark.slow),
     pytest.param(dict(normalize="sequence", mini_batches=1), marks=pytest.mark.slow),
-], ids=["bf16", "muon, frozen tower", "one step a rollout"])  # fmt: skip
+], ids=["bf16", "fsdp", "dynamic sampling", "kahan", "muon, frozen tower", "one step a rollout"])  # fmt: skip
 def test_rule_12_resume_is_bit_exact_in_other_settings(tmp_path, reward_file, changes):
     """Two steps and two more against four, at a constant rate."""
-    cfg = small(reward_file, schedule="constant", **changes)
+    if "reward" in changes:
+        changes = changes | dict(reward=reward_file.replace(":score", ":" + changes["reward"]))
+    cfg = replace(small(reward_file, schedule="constant"), **changes)
     whole = run(tmp_path / "whole", cfg)
     parts = run(tmp_path / "parts", replace(cfg, steps=2))
     run(tmp_path / "parts", replace(cfg, resume=True))
     assert metrics_of(parts) == metrics_of(whole)
     assert_identical(state_of(parts, 4), state_of(whole, 4))
+
+
+@pytest.mark.parametrize("changes", [dict(shard="fsdp"), dict(shard="fsdp", freeze_vision=True), dict(reference="host")],
+                         ids=["fsdp", "fsdp, frozen tower", "reference in host memory"])  # fmt: skip
+def test_a_run_over_shards_is_the_same_run(straight, tmp_path, reward_file, changes):
+    """With one rank: shards, a copy that samples, and a reference that is gathered give the metrics of the plain run."""
+    plain = run(tmp_path, small(reward_file, freeze_vision=True)) if changes.get("freeze_vision") else straight
+    lines = metrics_of(run(tmp_path, small(reward_file, name="shards", **changes)))
+    for ours, theirs in zip(lines, metrics_of(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    model, saved = (load_model(str(folder / "step_4"))[0].state_dict() for folder in (plain, tmp_path / "runs" / "shards"))
+    assert model.keys() == saved.keys()
+    near = [((model[name] - saved[name]).abs() <= 1e-2 * model[name].abs() + 1e-3).float().mean() for name in model]
+    assert min(near) > 0.9
+
+
+def test_dynamic_sampling_is_in_the_metrics_and_moves_the_cursor(tmp_path, reward_file):
+    """About half of the rows get the same reward whatever is said."""
+    cfg = small(reward_file.replace(":score", ":picky"), dynamic_sampling=True, max_rounds=3, steps=2)
+    folder = run(tmp_path, cfg)
+    lines = metrics_of(folder)
+    assert all(0 < line["reward/flat_groups"] < 1 for line in lines) and any(line["sampling/rounds"] > 1 for line in lines)
+    assert state_of(folder, 2)["cursor"] == sum(line["sampling/drawn"] for line in lines) > 8
 
 
 def test_rule_12_work_after_the_last_checkpoint_is_done_again_not_twice(straight, tmp_path, reward_file, monkeypatch):
@@ -388,6 +419,11 @@ def test_dry_run_shows_and_writes_nothing(tmp_path, reward_file, capsys):
     (dict(kl="k9"), "k9"),
     (dict(schedule="wsd"), "wsd"),
     (dict(optimizer="sgd"), "sgd"),
+    (dict(optimizer="kahan"), "kahan keeps bf16 weights"),
+    (dict(optimizer="muon", shard="fsdp"), "muon needs whole matrices"),
+    (dict(shard="zero"), "--shard zero"),
+    (dict(reference="disk"), "--reference disk"),
+    (dict(dynamic_sampling=True, max_rounds=0), "--max-rounds"),
     (dict(dtype="float8"), "--dtype float8"),
     (dict(rollout="sglang"), "--rollout sglang"),
     (dict(style="sonnet"), "sonnet"),
