@@ -240,7 +240,8 @@ def test_dynamic_sampling_is_in_the_metrics_and_moves_the_cursor(tmp_path, rewar
     cfg = small(reward_file.replace(":score", ":picky"), dynamic_sampling=True, max_rounds=3, steps=2)
     folder = run(tmp_path, cfg)
     lines = metrics_of(folder)
-    assert all(0 < line["reward/flat_groups"] < 1 for line in lines) and any(line["sampling/rounds"] > 1 for line in lines)
+    again = [line for line in lines if line["reward/flat_groups"] > 0]
+    assert again and all(line["sampling/rounds"] > 1 and line["sampling/drawn"] > 4 for line in again)
     assert state_of(folder, 2)["cursor"] == sum(line["sampling/drawn"] for line in lines) > 8
 
 
