@@ -509,6 +509,31 @@ def frozen_copy(policy: Policy) -> Policy:
     return reference.requires_grad_(False).eval()
 
 
+def add_lora(policy: Policy, rank: int) -> None:
+    """Freezes the policy and gives every linear layer of its language model a trained low-rank correction (peft), scaled
+    by 2: the form of the paper's SFT baseline. `weights` hands the sums out, so engine and checkpoint know nothing of it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = r".*language_model\.layers\..*_proj"
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), policy.model)
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor, bool]]:
+    """(Hugging Face name, tensor, is it trained) of every parameter; of a layer with a low-rank correction, their sum."""
+    corrected = {name: module for name, module in policy.model.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, parameter in policy.model.named_parameters():
+        layer, _, rest = name.partition(".base_layer.")
+        if "lora_" in name:
+            continue
+        if layer in corrected and rest == "weight":
+            delta = corrected[layer].get_delta_weight("default")
+            yield f"{layer}.weight", (parameter.detach().float() + delta.detach().float()).to(parameter.dtype), True
+        else:
+            yield f"{layer}.{rest}" if rest else name, parameter, parameter.requires_grad
+
+
 def shard_policy(policy: Policy, *, masters: bool = True, tower: bool = True, host: bool = False) -> Policy:
     """Cuts the parameters over all ranks, in place, with FSDP2: a group a language layer and vision block, and one of the
     rest (embeddings, head, norms), which Policy.forward gathers. Every group is gathered for its pass and freed after it.
@@ -548,12 +573,15 @@ def weights(policy: Policy, *, dtype: torch.dtype | None = torch.bfloat16, train
     dtype None leaves them as they are computed with: rounding a float32 policy to bf16 for an engine that computes in
     float32 would make a gap between the two. trained=True leaves frozen parameters out."""
     tied, dtype = policy.config.tie_word_embeddings, dtype or policy.dtype
-    chosen = [(name, parameter) for name, parameter in policy.model.named_parameters()
-              if not (tied and name == "lm_head.weight") and (parameter.requires_grad or not trained)]  # fmt: skip
-    yield from gathered([pair for pair in chosen if isinstance(pair[1], DTensor)], dtype, policy.device)
-    for name, parameter in chosen:
-        if not isinstance(parameter, DTensor):
+    sharded = []
+    for name, parameter, is_trained in named_weights(policy):
+        if (tied and name == "lm_head.weight") or (trained and not is_trained):
+            continue
+        if isinstance(parameter, DTensor):
+            sharded.append((name, parameter))
+        else:
             yield name, parameter.detach().to(dtype)
+    yield from gathered(sharded, dtype, policy.device)
 
 
 @torch.no_grad()

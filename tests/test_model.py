@@ -505,3 +505,30 @@ def test_zero_columns_change_neither_output_nor_gradients_of_the_vision_mlp():
         mlp(x).square().sum().backward()
     for a, b in zip(aligned.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+# ---------------------------------------------------------------- low-rank corrections
+
+
+def test_lora_trains_little_starts_at_nothing_and_is_handed_out_as_sums():
+    policy, processor = new_policy(seed=4)
+    prompt = make_prompt(processor, "where", [(56, 84)])
+    packed = pack_groups([prompt], [make_group(policy, (6, 4))], policy.config)
+    before, whole = policy(packed)[0].detach(), dict(weights(policy, dtype=None))
+    whole = {name: tensor.clone() for name, tensor in whole.items()}
+    model_module.add_lora(policy, 4)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name and "visual" not in name for name in trained)
+    torch.testing.assert_close(policy(packed)[0].detach(), before)
+    policy(packed)[0].sum().backward()
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if name in trained:
+                p.add_(torch.randn(p.shape) * 0.1)
+    handed = dict(weights(policy, dtype=None))
+    assert handed.keys() == whole.keys()
+    moved = {name for name in whole if not torch.equal(handed[name], whole[name])}
+    assert moved == set(dict(weights(policy, dtype=None, trained=True))) and all("_proj.weight" in name for name in moved)
+    plain, _ = new_policy(seed=4)
+    plain.model.load_state_dict({**handed, "lm_head.weight": handed["model.language_model.embed_tokens.weight"]})
+    torch.testing.assert_close(plain(packed)[0], policy(packed)[0], rtol=1e-4, atol=1e-4)
