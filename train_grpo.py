@@ -329,7 +329,7 @@ def score(pool, rows: list[dict], groups: list[list], cfg: Config) -> tuple[Tens
 def part_weights(cfg: Config) -> dict[str, float]:
     """"accuracy=0.5,format=0.1" -> {"accuracy": 0.5, "format": 0.1}; empty for None. Raises ValueError, one line."""
     weights = {}
-    for part in filter(None, (cfg.part_weights or "").split(",")):
+    for part in filter(None, (getattr(cfg, "part_weights", None) or "").split(",")):  # train_sft.py validates without
         name, _, value = part.partition("=")
         try:
             weights[name.strip()] = float(value)
