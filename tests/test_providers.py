@@ -324,10 +324,10 @@ def test_pictures_come_first_and_arrive_as_they_are(serving, provider, tmp_path)
     if provider == "openai":
         sent = [part["image_url"]["url"].removeprefix("data:image/png;base64,") for part in content[:3]]
         assert body["messages"][0] == {"role": "system", "content": "Be short."}
-        assert headers["authorization"] == f"Bearer {KEY}"
     else:
         sent = [part["source"]["data"] for part in content[:3]]
-        assert body["system"] == "Be short." and headers["x-api-key"] == KEY
+        assert body["system"] == "Be short."
+    assert KEY in (headers.get("authorization") or headers["x-api-key"])
     assert base64.b64decode(sent[0]) == base64.b64decode(sent[1]) == data
     assert Image.open(io.BytesIO(base64.b64decode(sent[2]))).getpixel((0, 0)) == (255, 0, 0)
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", 9, 0.0) and "seed" not in body
