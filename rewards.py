@@ -1032,11 +1032,12 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def scene_metrics(response: str, gold_scene: dict, size: tuple) -> dict[str, float]:
+def scene_metrics(response: str, gold_scene: dict, size: tuple) -> dict[str, float | None]:
     """How good a predicted scene graph is, apart from any reward: all in [0, 1], and 1 if both scenes are empty.
 
-    iou: mean over gold objects, each matched to at most one prediction of its label; object_f1: of labels as multisets;
-    relation_f1: of (subject label, predicate, object label). Boxes in pixels of a picture of size (W, H), mended as in
+    iou: mean over gold objects, each matched to at most one prediction of its label; ciou: mean plain CIoU (below 0 for
+    far-off boxes) of those so matched, None without any; object_f1: of labels as multisets; relation_f1: of (subject
+    label, predicate, object label). Boxes in pixels of a picture of size (W, H), mended as in
     corrected mode. Unreadable predictions are left out."""
     predicted = (extract_scene(response), is_valid_object, is_valid_relation)
     sides = []
@@ -1046,12 +1047,16 @@ def scene_metrics(response: str, gold_scene: dict, size: tuple) -> dict[str, flo
         sides.append((objects, [x for x in relations if is_relation(x)] if isinstance(relations, list) else []))
     (objects, relations), (gold_objects, gold_relations) = sides
     labels, gold_labels = ([_name(x["id"]) for x in side] for side in (objects, gold_objects))
-    overlap = float(not objects and not gold_objects)
+    overlap, right = float(not objects and not gold_objects), []
     if objects and gold_objects and _is_size(size):
         few = _first(objects, gold_objects)
         rows = list(zip(labels, _mend_boxes(_boxes(few, size))))
         columns = list(zip(gold_labels, _mend_boxes(_boxes(gold_objects, size))))
-        near = np.array([[iou(a, b) if label == want else 0.0 for want, b in columns] for label, a in rows])  # (P, G)
-        overlap = sum(float(near[p, g]) for g, p in enumerate(assign(1 - near)) if p is not None) / len(gold_objects)
-    relation_f1 = _f1(_triplets(relations), _triplets(gold_relations))
-    return {"iou": overlap, "object_f1": _f1(labels, gold_labels), "relation_f1": relation_f1}
+        near = np.array([[iou(a, b) if label == want else -1.0 for want, b in columns] for label, a in rows])  # (P, G)
+        pairs = [(p, g) for g, p in enumerate(assign(1 - near)) if p is not None and near[p, g] >= 0]
+        overlap = sum(float(near[p, g]) for p, g in pairs) / len(gold_objects)
+        right = [2 * ciou(rows[p][1], columns[g][1]) - 1 for p, g in pairs]
+    return {
+        "iou": overlap, "object_f1": _f1(labels, gold_labels), "ciou": sum(right) / len(right) if right else None,
+        "relation_f1": _f1(_triplets(relations), _triplets(gold_relations)),
+    }  # fmt: skip

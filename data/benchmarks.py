@@ -151,15 +151,22 @@ def sti_bench(r: dict, n: int) -> dict:
 NORMALISED = "Boxes and points are given on a scale from 0 to 1000, with the origin at the top left of the picture."
 
 
+NUMERIC_VSI = ("object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation")
+NUMERIC_SPAR = ("depth_prediction", "distance_prediction")  # beginnings of task names
+
+
+def spar_level(task: str) -> str:
+    middle = ("view_change_infer", "position_matching", "camera_motion_infer")
+    return "low" if task.startswith(NUMERIC_SPAR) else "middle" if task in middle else "high"
+
+
 def spar_bench(r: dict, n: int) -> dict:
     task = r["task"]
-    low, middle = task.startswith(("depth_prediction", "distance_prediction")), task in (
-        "view_change_infer", "position_matching", "camera_motion_infer")  # fmt: skip
     row = asked(r["question"], r["answer"], number="mra")
     row |= {"kind": "view_change"} if task == "view_change_infer" else {}
     if task in ("position_matching", "camera_motion_infer"):
         row["question"] += "\n" + NORMALISED
-    meta = {"level": "low" if low else "middle" if middle else "high", "view": r["img_type"]}
+    meta = {"level": spar_level(task), "view": r["img_type"]}
     return row | {"images": r["image"], "category": task, "own": r["id"], "meta": meta}
 
 
