@@ -90,6 +90,7 @@ def video_problem(row: dict) -> str | None:
 def open_provider(cfg: "Config", pictures: int) -> Callable:
     """pictures: at most, of a row. A checkpoint answers in this process, through the rollout that training samples with."""
     if cfg.provider in SERVED:
+        providers.access_key(cfg.provider, cfg.base_url)  # now: nothing is written where it cannot go on
         return ask_served
     runs.check_shadowed_kernels()  # before transformers is imported
     from rollout import hf_rollout, vllm_rollout  # here: regrading needs no model code

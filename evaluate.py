@@ -71,7 +71,7 @@ class Config:
     max_pixels: int | None = None  # left out: as trained, else 2048 * 2048
     max_tokens: int | None = None  # of an answer; left out: as trained, else 2048
     max_prompt_tokens: int = 16384  # rows with longer prompts are skipped and counted, never cut
-    temperature: float = 0.0  # 0 is greedy
+    temperature: float | None = 0.0  # 0 is greedy; None is not sent, for served models that take none
     seed: int = 1  # of sampling, and of who gets whose picture under swapped
 
     list: bool = False  # show the benchmarks and stop
@@ -118,7 +118,7 @@ def check_config(cfg: Config) -> None:
         value = getattr(cfg, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: give 1 or more")
-    if cfg.temperature < 0:
+    if cfg.temperature is None and cfg.provider not in SERVED or cfg.temperature is not None and cfg.temperature < 0:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     if cfg.k > 1 and cfg.temperature == 0:
         raise ValueError(f"--k {cfg.k} greedy answers are one: give a --temperature, say 1.0")

@@ -202,7 +202,8 @@ def published_records(path: Path) -> list[dict]:
 
 def evals_record(name: str, item: dict) -> dict:
     """SpatialThinker 5.5: prompt, correct_answer, reasoning (the whole text), correct, task."""
-    gold, (question, options) = str(item["correct_answer"]).strip(), split_options(item["prompt"])
+    asked = item["prompt"].replace("Please give the final answer within answer tags.", "").strip()
+    gold, (question, options) = str(item["correct_answer"]).strip(), split_options(asked)
     letter = gold_letter(gold, options) if options else None
     if options and len(gold) == 1 and gold.islower() and name != "mmvp":  # a word, of which the script kept one letter
         begins = [i for i, option in enumerate(options) if option.lower().startswith(gold)]
