@@ -5,7 +5,8 @@ A benchmark's question goes into a row without its options, and its answer as a 
 import re
 from string import ascii_uppercase
 
-MARK = re.compile(r"(?:^|(?<=[\s,;]))(?:(Option|Caption|Sentence|Choice) )?(?:\((\w)\)|([A-Z0-9])([.:)]))[ \t]*", re.M)
+MARK = re.compile(  # a bracketed letter may follow a full stop directly
+    r"(?:^|(?<=[\s,;])|(?<=[.:?!])(?=\())(?:(Option|Caption|Sentence|Choice) )?(?:\((\w)\)|([A-Z0-9])([.:)]))[ \t]*", re.M)
 HEADING = re.compile(
     r"\s*(?:Select from the following choices\.?|(?:The )?(?:Options|choices)(?: are listed below)?:?)\s*\Z", re.I)  # fmt: skip
 REQUEST = re.compile(r"\s*(?:please |answer |select |choose |respond |reply |the best answer is).*", re.I | re.S)

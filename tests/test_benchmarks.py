@@ -3,6 +3,7 @@
 python -m pytest tests/test_benchmarks.py
 """
 
+import csv
 import gzip
 import json
 import re
@@ -140,6 +141,7 @@ def test_what_single_entries_make_of_their_records(rows_of):
     ("Is it 1. or 2. here?", "Is it 1. or 2. here?", []),
     ("Which?\n(A) one\n(B) two\nThe boxes are in pixels.", "Which?\nThe boxes are in pixels.", ["one", "two"]),
     ("What is U.S.A. short for?", "What is U.S.A. short for?", []),
+    ("Is it? Select from the following choices.(A) yes (B) no", "Is it?", ["yes", "no"]),
 ])  # fmt: skip
 def test_options_in_a_text(text, question, options):
     assert split_options(text) == (question, options)
@@ -253,3 +255,22 @@ def test_every_real_question_of_tempcompass_and_hallusionbench_is_read():
     items = json.loads((REAL / "benchmark_qa" / "HallusionBench.json").read_text())
     rows = [bench_row("hallusionbench", BENCHMARKS["hallusionbench"], item, n, [], 8) for n, item in enumerate(items)]
     assert len(rows) == 1129 and {row["gold"] for row in rows} == {"A", "B"}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="shared/realdata is not here")
+def test_the_real_blink_spatial_relation_end_to_end(tmp_path):
+    """143 questions and photos in the hub's columns, the answers that GPT-4o gave, and the authors' own scores."""
+    place, gold = REAL / "blink_spatial_relation", json.loads((REAL / "blink_spatial_relation/val_answers.json").read_text())
+    with open(place / "prompt.csv", newline="") as file:
+        items = list(csv.DictReader(file))
+    lines = [{"idx": item["idx"], "prompt": item["prompt"], "choices": ["yes", "no"], "answer": gold[item["idx"]],
+              "image_1": str(place / "images" / f"{item['idx']}.jpg")} for item in items]  # fmt: skip
+    (tmp_path / "blink-spatial.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = load_benchmark("blink-spatial", root=str(tmp_path))
+    assert len(rows) == 143 and all(row["size"] for row in rows) and [row["gold"] for row in rows].count("A") == 77
+    assert not any("(A)" in row["question"] or "choices" in row["question"] for row in rows)
+    outputs = REAL / "model_outputs" / "blink" / "saved_outputs" / "GPT4o" / "Spatial_Relation.json"
+    said = {item["idx"]: item for item in json.loads(outputs.read_text())["val"]}
+    for row in rows:
+        item = said[row["id"].split("-", 1)[1]]
+        assert grade(row, item["full_prediction"])["correct"] == (item["prediction"] == item["answer"]), item
