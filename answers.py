@@ -79,12 +79,13 @@ def video_problem(row: dict) -> str | None:
     path = Path(row["video"])
     if not path.is_file():
         return f"row {row['id']}: video {path}: no such file; with --data-root give the folder that holds it"
-    return f"row {row['id']}: {path} is a video, which cannot be decoded yet: put its frames as pictures into {path.with_suffix('')}/"
+    cure = f"put its frames as pictures into {path.with_suffix('')}/"
+    return f"row {row['id']}: {path} is a video, which cannot be decoded yet: {cure}"
 
 
 # ---------------------------------------------------------------- who answers
 # A provider is a function of a Config, rows, a seed and the answers there are. It yields bundles, one at least, of (number
-# of the row, sample, reply); a reply is {"text", "finished", "tokens"}, {"skipped": why} for good, or {"failed": why} for now.
+# of the row, sample, reply). A reply is {"text", "finished", "tokens"}, {"skipped": why} for good, {"failed": why} for now.
 
 
 def open_provider(cfg: "Config", pictures: int) -> Callable:
@@ -125,7 +126,8 @@ def answer_batch(rollout, processor, cfg: "Config", rows: list[dict], seed: int,
     try:
         found = rollout.generate([*prompts.values()], **settings) if prompts else []
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"--batch {cfg.batch or BATCH[cfg.provider]} does not fit the GPU: lower it, the run goes on") from error
+        size = cfg.batch or BATCH[cfg.provider]
+        raise ValueError(f"--batch {size} does not fit the GPU: lower it, the run goes on") from error
     yield skipped + [
         (n, sample, {"text": c.text, "finished": c.finished, "tokens": len(c.token_ids)})
         for n, group in zip(prompts, found, strict=True) for sample, c in enumerate(group)

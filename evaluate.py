@@ -44,8 +44,10 @@ from transcripts import FILE, begin, check_settings, judge, locked, read_transcr
 
 @dataclass(frozen=True)
 class Config:
-    model: Annotated[str | None, arg(aliases=["--model-path"])] = None  # checkpoint folder, hub id, random:tiny, a served name
-    dataset: str = "scenes:demo@val"  # names (--list), commas between, all-image, all-video; hub id, folder, file, name@split
+    # checkpoint folder, hub id, random:tiny|demo|3b|7b, or the name of a served model
+    model: Annotated[str | None, arg(aliases=["--model-path"])] = None
+    # benchmarks of --list with commas between, all-image, all-video; hub id, folder, file or scenes:LEVEL, with @split
+    dataset: str = "scenes:demo@val"
     data_root: str | None = None  # folder with clones of the benchmarks' hub repositories; left out: from the hub
     limit: Annotated[int | None, arg(aliases=["--num-samples"])] = None  # first rows only (how many to draw, for scenes)
     control: str = "none"  # none; blind: no picture; swapped: another row's picture, the text as it was
@@ -60,12 +62,14 @@ class Config:
     timeout: float = 180.0  # seconds for a whole reply
     price: tuple[float, float] | None = None  # dollars for a million tokens in and out
 
-    processor: Annotated[str | None, arg(aliases=["--processor-name"])] = None  # tokenizer and picture processor, if not the model's
+    # tokenizer and picture processor, if not the model's own
+    processor: Annotated[str | None, arg(aliases=["--processor-name"])] = None
     dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
     device: str = "auto"
 
     # None takes what the checkpoint was trained with (its prompting.json), else what stands last.
-    style: Annotated[str | None, arg(aliases=["--template"])] = None  # style or text file; left out: as trained, else spatialthinker
+    # prompt style or text file, see train_grpo.py; left out: as trained, else spatialthinker
+    style: Annotated[str | None, arg(aliases=["--template"])] = None
     box_frame: str | None = None  # original or resized; left out: as trained, else original
     min_pixels: int | None = None  # pictures are resized into this range first; left out: as trained, else 512 * 512
     max_pixels: int | None = None  # left out: as trained, else 2048 * 2048
@@ -76,7 +80,8 @@ class Config:
 
     list: bool = False  # show the benchmarks and stop
     compare: tuple[str, str] | None = None  # two evaluation folders: their paired difference, and stop
-    rescore: Annotated[str | None, arg(aliases=["--regrade"])] = None  # grade old answers again without a model: file or folder
+    # old answers, a file or a folder: grade them again without a model, and stop
+    rescore: Annotated[str | None, arg(aliases=["--regrade"])] = None
     mode: str = "corrected"  # graders: corrected, or upstream, the published rules with their defects
     image: str | None = None  # a picture: answer one question about it and save it with the boxes of the answer
     question: str | None = None  # for image
@@ -260,7 +265,8 @@ def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, rec
     for key, why in [*failed.items()][:5]:
         print(f"failed, row {key}: {why}")
     if failed:
-        print(f"{len(failed)} of {len(rows)} rows failed, listed in {path.with_name('failed.json')}: the same command asks them again")
+        told = f"{len(failed)} of {len(rows)} rows failed, listed in {path.with_name('failed.json')}"
+        print(f"{told}: the same command asks them again")
 
 
 def transcript(cfg: Config, row: dict, reply: dict, donor: dict | None, sample: int) -> dict:
@@ -293,8 +299,8 @@ def identity(cfg: Config, rows: list[dict]) -> dict:
     template = "" if cfg.style == "row" else PROMPTS.get(cfg.style) or read_template(cfg.style)
     keys = ("id", "question", "options", "gold", "kind", "size", "scene", "problem", "style")
     content = json.dumps([template, [[row[key] for key in keys] for row in rows]])
-    others = ("out", "batch", "device", "rescore", "compare", "list", "image", "question", "options", "data_root", "parallel",
-              "timeout", "price")  # fmt: skip
+    others = ("out", "batch", "device", "rescore", "compare", "list", "image", "question", "options", "data_root",
+              "parallel", "timeout", "price")  # fmt: skip
     return {
         **{key: value for key, value in asdict(cfg).items() if key not in others},
         "weights": weights_hash(Path(cfg.model)),
@@ -350,7 +356,8 @@ def translated(arguments: list[str]) -> list[str]:
         elif flag in ("--template", "--provider"):
             value = value or next(rest, "")
             if value in GONE:
-                raise SystemExit(f"error: {GONE[value]}: left out, it asked for benchmarks that are not here: {', '.join(PROMPTS)}")
+                here = ", ".join(PROMPTS)
+                raise SystemExit(f"error: {GONE[value]}: left out with the benchmarks that it was for; here are {here}")
             result += [flag, STYLES.get(value, value)]
         else:
             result.append(argument)

@@ -30,7 +30,7 @@ def scores(records: list[dict], *, mode: str = "corrected", price: tuple[float, 
         "format": mean([record["format"] for record in answered]),
         "by_category": by_group(answered, "category"),
         "by": {key: by_group(answered, key) for key in bench.by},
-        "macro": dict(zip(("accuracy", "se"), macro(answered, bench.macro))) | {"over": bench.macro} if bench.macro else None,
+        "macro": macro_scores(answered, bench.macro) if bench.macro else None,
         "together": {key: together(answered, key) for key in bench.together},
         "samples": samples(answered),
         "scene": scene_scores(drawn),
@@ -93,6 +93,11 @@ def macro(records: list[dict], keys: tuple[str, ...]) -> tuple[float | None, flo
     return mean(p for p, _ in parts), math.sqrt(math.fsum(e * e for _, e in parts)) / len(parts)
 
 
+def macro_scores(records: list[dict], keys: tuple[str, ...]) -> dict:
+    p, error = macro(records, keys)
+    return {"accuracy": p, "se": error, "over": keys}
+
+
 def together(records: list[dict], key: str) -> dict:
     """Of the groups: how many, and the share in which every row is right (MMVP's pairs, circular questions)."""
     return with_error([min(row_values(part).values()) for part in groups(records, key).values()])
@@ -138,7 +143,8 @@ def usage(records: list[dict], price: tuple[float, float] | None) -> dict | None
     if not any("tokens_in" in record for record in records):
         return None
     tokens_in, tokens_out = (sum(record.get(key) or 0 for record in records) for key in ("tokens_in", "tokens"))
-    return {"tokens_in": tokens_in, "tokens_out": tokens_out, "cost": cost(records[0]["model"], tokens_in, tokens_out, price)}
+    dollars = cost(records[0]["model"], tokens_in, tokens_out, price)
+    return {"tokens_in": tokens_in, "tokens_out": tokens_out, "cost": dollars}
 
 
 def published(records: list[dict], rule: str) -> dict | None:
@@ -198,8 +204,9 @@ def comparison(result: dict) -> list[str]:
     lines = [f"{'category':32s} {'n':>6s} {'b - a':>9s} {'+-':>7s}"]
     for name, part in (*result["by_category"].items(), ("all", {**result, "accuracy": result["difference"]})):
         lines.append(f"{(name or '-')[:32]:32s} {part['n']:6d} {part['accuracy']:+9.3f} {part['se']:7.3f}")
-    told = f" = {result['difference'] / result['se']:+.1f} standard errors" if result["se"] else ""
-    lines.append(f"a {result['a']:.3f}, b {result['b']:.3f}, difference {result['difference']:+.3f} ± {result['se']:.3f}{told}")
+    difference, error = result["difference"], result["se"]
+    told = f" = {difference / error:+.1f} standard errors" if error else ""
+    lines.append(f"a {result['a']:.3f}, b {result['b']:.3f}, difference {difference:+.3f} ± {error:.3f}{told}")
     lines.append(f"only b right {result['only_b_right']}, only a right {result['only_a_right']}")
     if result["only_in_a"] or result["only_in_b"]:
         lines.append(f"left out: {result['only_in_a']} rows only in a, {result['only_in_b']} only in b")

@@ -36,12 +36,12 @@ def read_transcripts(path: Path) -> list[dict]:
     """The whole lines; ValueError naming the line that is no transcript, or holds an id (and sample) a second time."""
     records, lines = runs.read_lines(path), {}
     for number, record in enumerate(records, 1):
-        key = record.get("id") if isinstance(record, dict) else None
-        if key is None:
+        if not isinstance(record, dict) or record.get("id") is None:
             raise ValueError(f"{path}, line {number}: not a transcript: delete it, the row is asked again")
-        if (key, record.get("sample", 0)) in lines:
-            raise ValueError(f"{path}, line {number}: the id {key!r} of line {lines[key, record.get('sample', 0)]}: delete one")
-        lines[key, record.get("sample", 0)] = number
+        key = record["id"], record.get("sample", 0)
+        if key in lines:
+            raise ValueError(f"{path}, line {number}: the id {key[0]!r} of line {lines[key]}: delete one")
+        lines[key] = number
     return records
 
 
@@ -117,7 +117,8 @@ def rescore(source: str, *, out: str | None = None, mode: str = "corrected") -> 
     Raises ValueError naming the file, and FileNotFoundError."""
     given = Path(source)
     if not given.exists():
-        raise FileNotFoundError(f"--rescore {given}: no such file: give a transcripts.jsonl, a published result, or a folder")
+        cure = "give a transcripts.jsonl, a published result, or a folder"
+        raise FileNotFoundError(f"--rescore {given}: no such file: {cure}")
     found = [given] if given.is_file() else answer_files(given)
     if not found:
         raise FileNotFoundError(f"--rescore {given}: no transcripts.jsonl and no published result in it")
@@ -184,7 +185,7 @@ def published_records(path: Path) -> list[dict]:
     if path.suffix == ".jsonl":
         items, names, convert = runs.read_lines(path), SPACER_FILES, spacer_record
     else:
-        items, names, convert = json.loads(path.read_text(encoding="utf-8")), {name: name for name in BENCHMARKS}, evals_record
+        items, names, convert = json.loads(path.read_text(encoding="utf-8")), {n: n for n in BENCHMARKS}, evals_record
     fitting = [name for name in names if re.match(rf"{re.escape(name)}(?![a-zA-Z0-9-])", path.name)]
     if not fitting or not isinstance(items, list):
         raise ValueError(f"{path}: not a list of answers to one of {', '.join(names)}, named after it")
@@ -195,8 +196,8 @@ def published_records(path: Path) -> list[dict]:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, entry {number}: {type(error).__name__}: {error}") from None
         meta = {"rule": BENCHMARKS[name].rule, **fields.pop("meta")}
-        records.append({"id": str(number - 1), "dataset": name, "model": path.stem, "control": "none", "size": None, "scene": None,
-                        "images": [], "finished": True, **fields, "meta": meta})  # fmt: skip
+        records.append({"id": str(number - 1), "dataset": name, "model": path.stem, "control": "none", "size": None,
+                        "scene": None, "images": [], "finished": True, **fields, "meta": meta})  # fmt: skip
     return records
 
 
@@ -212,8 +213,8 @@ def evals_record(name: str, item: dict) -> dict:
         letter = "A" if gold == "1" else "B"
     kind = "choice" if letter else "yes_no" if gold.lower() in ("yes", "no") else "text"
     kind = "number" if not letter and re.fullmatch(r"-?[0-9.]+", gold) else kind
-    return {"category": str(item.get("task") or ""), "question": question, "options": options if letter else [], "kind": kind,
-            "gold": letter or gold, "text": str(item["reasoning"] or ""), "correct": bool(item["correct"]),
+    return {"category": str(item.get("task") or ""), "question": question, "options": options if letter else [],
+            "kind": kind, "gold": letter or gold, "text": str(item["reasoning"] or ""), "correct": bool(item["correct"]),
             "meta": {"raw_gold": gold}}  # fmt: skip
 
 
@@ -229,6 +230,6 @@ def spacer_record(name: str, item: dict) -> dict:
     meta = {key: item[key] for key in ("duration",) if isinstance(item.get(key), str)}
     if name == "spar-bench":
         meta |= {"level": spar_level(category), "view": item.get("image_type")}
-    return {"category": category, "question": item["question"], "options": options, "kind": kind, "meta": meta | {"raw_gold": gold},
-            "gold": letter or gold if kind == "choice" else gold,
+    return {"category": category, "question": item["question"], "options": options, "kind": kind,
+            "gold": letter or gold if kind == "choice" else gold, "meta": meta | {"raw_gold": gold},
             "text": str(item["predicted_answer"] if "predicted_answer" in item else item["prediction"])}  # fmt: skip

@@ -26,13 +26,15 @@ from data.pictures import picture_size
 from data.rows import check_answer, picture_list, stvqa_row
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+Reader = Callable[[dict, int], dict]
+Records = Iterator[tuple[str, dict, list[Path]]]  # place, record, folders in which its media may lie
 
 
 @dataclass(frozen=True)
 class Benchmark:
     hub: str  # dataset id
     split: str
-    read: Callable[[dict, int], dict]  # a record and its number -> fields of a row; `video` is a path without its root
+    read: Reader  # a record and its number -> fields of a row; `video` is a path without its root
     size: int | None  # rows as published, None where editions differ
     rule: str = "evals"  # see PUBLISHED in rewards.py
     configs: tuple[str | None, ...] = (None,)
@@ -52,7 +54,7 @@ def cv_bench(r: dict, n: int) -> dict:
     return choice(r["prompt"], r["choices"], r["answer"]) | {"images": r["image"], "category": r["task"], "meta": meta}
 
 
-def blink(fields: tuple[str, ...]) -> Callable[[dict, int], dict]:
+def blink(fields: tuple[str, ...]) -> Reader:
     def read(r: dict, n: int) -> dict:
         images = [r[field] for field in fields if r.get(field) is not None]
         return choice(r["prompt"], r["choices"], r["answer"]) | {"images": images, "own": r.get("idx")}
@@ -60,7 +62,7 @@ def blink(fields: tuple[str, ...]) -> Callable[[dict, int], dict]:
     return read
 
 
-def lettered(category: str, *, options: str = "choices", images: tuple[str, ...] = ("image",)) -> Callable[[dict, int], dict]:
+def lettered(category: str, *, options: str = "choices", images: tuple[str, ...] = ("image",)) -> Reader:
     """Prompt with options in it, the options once more as a list or the text of one, a letter or a text as answer."""
 
     def read(r: dict, n: int) -> dict:
@@ -71,7 +73,7 @@ def lettered(category: str, *, options: str = "choices", images: tuple[str, ...]
     return read
 
 
-def direct(question: str, answer: str, category: str | None = None) -> Callable[[dict, int], dict]:
+def direct(question: str, answer: str, category: str | None = None) -> Reader:
     def read(r: dict, n: int) -> dict:
         row = asked(r[question], r[answer]) | {"images": r["image"], "own": r.get("question_id")}
         return row | ({"category": r.get(category)} if category else {})
@@ -106,7 +108,8 @@ def three_dsr(r: dict, n: int) -> dict:
     """The authors' circular edition: qid is BASE, BASE-1 (options turned), BASE-flip (picture mirrored), BASE-flip-1."""
     options = [r[letter] for letter in "ABCD" if r.get(letter) not in (None, "", "nan")]
     qid, group = str(r["qid"]), r["category"]
-    meta = {"circular": re.sub(r"-\d+$", "", qid), "flip": qid.replace("-flip", ""), "both": qid.split("-")[0], "task": group}
+    meta = {"circular": re.sub(r"-\d+$", "", qid), "flip": qid.replace("-flip", ""), "both": qid.split("-")[0],
+            "task": group}
     main = next((name for name in ("height", "location", "orientation", "multi_object") if group.startswith(name)), group)
     return choice(r["question"], options, r["answer"]) | {"images": r["image"], "category": main, "own": qid, "meta": meta}
 
@@ -126,14 +129,16 @@ def mme_realworld(r: dict, n: int) -> dict:
 
 def mindcube(r: dict, n: int) -> dict:
     setting = r["id"].split("_")[0].replace("aroundnew", "around")
-    return asked(r["question"].replace("<image>", ""), r["gt_answer"]) | {"images": r["images"], "category": setting, "own": r["id"]}
+    row = asked(r["question"].replace("<image>", ""), r["gt_answer"])
+    return row | {"images": r["images"], "category": setting, "own": r["id"]}
 
 
 def vsi_bench(r: dict, n: int) -> dict:
     category, options = r["question_type"], unlettered(r.get("options") or [])
-    row = choice(r["question"], options, r["ground_truth"]) if options else asked(r["question"], r["ground_truth"], number="mra")
-    task = re.sub(r"_(easy|medium|hard)$", "", category)
-    return row | {"video": f"{r['dataset']}/{r['scene_name']}.mp4", "category": category, "own": r["id"], "meta": {"task": task}}
+    question, gold, task = r["question"], r["ground_truth"], re.sub(r"_(easy|medium|hard)$", "", category)
+    row = choice(question, options, gold) if options else asked(question, gold, number="mra")
+    return row | {"video": f"{r['dataset']}/{r['scene_name']}.mp4", "category": category, "own": r["id"],
+                  "meta": {"task": task}}
 
 
 SPATIAL = ("Dimensional Measurement", "Displacement & Path Length", "Ego-Centric Orientation", "Spatial Relation",
@@ -144,8 +149,8 @@ def sti_bench(r: dict, n: int) -> dict:
     listed = r["Candidates"] if isinstance(r["Candidates"], dict) else ast.literal_eval(r["Candidates"])
     options = [listed[letter] for letter in sorted(listed) if listed[letter] is not None]
     question = f"From {r['time_start']} seconds to {r['time_end']} seconds. {r['Question']}"
-    meta = {"part": "spatial" if r["Task"] in SPATIAL else "other"}
-    return choice(question, options, r["Answer"]) | {"video": r["Video"], "category": r["Task"], "own": r["ID"], "meta": meta}
+    row, part = choice(question, options, r["Answer"]), "spatial" if r["Task"] in SPATIAL else "other"
+    return row | {"video": r["Video"], "category": r["Task"], "own": r["ID"], "meta": {"part": part}}
 
 
 NORMALISED = "Boxes and points are given on a scale from 0 to 1000, with the origin at the top left of the picture."
@@ -187,20 +192,23 @@ PERCEPTION = ("S2E", "S2O", "S2A", "E2O", "O2E", "T2E", "T2O", "T2A")
 
 def longvideobench(r: dict, n: int) -> dict:
     options = r.get("candidates") or [r[f"option{i}"] for i in range(5) if r.get(f"option{i}") not in (None, "N/A")]
-    meta = {"level": "perception" if r["question_category"] in PERCEPTION else "relation", "duration": r.get("duration_group")}
-    return choice(r["question"], options, ascii_uppercase[int(r["correct_choice"])]) | {
-        "video": r.get("video_path") or f"{r['video_id']}.mp4", "category": r["question_category"], "own": r["id"], "meta": meta}
+    level = "perception" if r["question_category"] in PERCEPTION else "relation"
+    row = choice(r["question"], options, ascii_uppercase[int(r["correct_choice"])])
+    return row | {"video": r.get("video_path") or f"{r['video_id']}.mp4", "category": r["question_category"], "own": r["id"],
+                  "meta": {"level": level, "duration": r.get("duration_group")}}
 
 
 def spatialscore(r: dict, n: int) -> dict:
     paths, meta = r["img_paths"], {"source": r["source"], "form": r["question_type"], "task": r["subcategory"]}
-    video = {"video": paths[0]} if paths and paths[0].endswith((".mp4", ".avi", ".mkv")) else {"images": paths}
-    return asked(r["question"], r["answer"], number="mra") | video | {"category": r["category"], "own": r["index"], "meta": meta}
+    shown = {"video": paths[0]} if paths and paths[0].endswith((".mp4", ".avi", ".mkv")) else {"images": paths}
+    row = asked(r["question"], r["answer"], number="mra")
+    return row | shown | {"category": r["category"], "own": r["index"], "meta": meta}
 
 
 def viewspatial(r: dict, n: int) -> dict:
-    row, side = asked(f"{r['question']}\n{r['choices']}", r["answer"]), r["question_type"].split(" - ")[0]
-    return row | {"images": r.get("images") or r["image_path"], "category": r["question_type"], "meta": {"perspective": side}}
+    row = asked(f"{r['question']}\n{r['choices']}", r["answer"])
+    return row | {"images": r.get("images") or r["image_path"], "category": r["question_type"],
+                  "meta": {"perspective": r["question_type"].split(" - ")[0]}}
 
 
 def _blink(config: str, size: int, *fields: str) -> Benchmark:
@@ -220,22 +228,27 @@ BENCHMARKS: dict[str, Benchmark] = {
     "blink-multi-view": _blink("Multi-view_Reasoning", 133, "image_1", "image_2"),
     "blink-jigsaw": _blink("Jigsaw", 150, "image_1", "image_2", "image_3"),
     "realworld_qa": Benchmark("visheratin/realworldqa", "test", direct("question", "answer"), 765, rule="evals-direct"),
-    "spatialbench": Benchmark("hunarbatra/SpatialBench", "train", direct("text", "answer", "category"), 174, rule="evals-direct"),
+    "spatialbench": Benchmark("hunarbatra/SpatialBench", "train", direct("text", "answer", "category"), 174,
+                              rule="evals-direct"),
     "mmvp": Benchmark("hunarbatra/MMVP", "train", mmvp, 300, rule="evals-direct", together=("pair",)),
     "3dsrbench": Benchmark("hunarbatra/3DSRBench", "test", lettered("task"), 2625),
     "3dsrbench-circular": Benchmark("oscarqjh/3DSRBench_lmmseval", "test", three_dsr, None, configs=("3dsr_circular",),
                                     by=("task",), together=("circular", "flip", "both")),
     "lego": Benchmark("hunarbatra/LEGO-Puzzles", "train", lettered("category"), 1000, images=8),
     "spatialreasoner": Benchmark("hunarbatra/SpatialReasonerEval", "train", lettered("task"), 1200),
-    "robospatial": Benchmark(ROBO, "train", lettered("category", options="options", images=("image", "depth_image")), 228, images=2),
+    "robospatial": Benchmark(ROBO, "train", lettered("category", options="options", images=("image", "depth_image")), 228,
+                             images=2),
     "robospatial_rgb": Benchmark(ROBO, "train", lettered("category", options="options"), 228),
     "stvqa": Benchmark("hunarbatra/STVQA-7K", "val", stvqa, 692),
     "hallusionbench": Benchmark("lmms-lab/HallusionBench", "image", hallusionbench, 951, together=("figure", "pair")),
-    "vstar": Benchmark("lmms-lab/vstar-bench", "test", direct("text", "label", "category"), 191, files=("test_questions.jsonl",)),
+    "vstar": Benchmark("lmms-lab/vstar-bench", "test", direct("text", "label", "category"), 191,
+                       files=("test_questions.jsonl",)),
     "mm-star": Benchmark("Lin-Chen/MMStar", "val", mm_star, 1500, macro=("category",), by=("task",)),
-    "mme-realworld-lite": Benchmark("yifanzhang114/MME-RealWorld-lite-lmms-eval", "train", mme_realworld, 1919, by=("level",)),
+    "mme-realworld-lite": Benchmark("yifanzhang114/MME-RealWorld-lite-lmms-eval", "train", mme_realworld, 1919,
+                                    by=("level",)),
     "mindcube": Benchmark("oscarqjh/MindCube_lmmseval", "combined", mindcube, 1050, configs=("tiny",), images=8,
-                          files=("data/raw/MindCube_tinybench.jsonl", "raw/MindCube_tinybench.jsonl", "MindCube_tinybench.jsonl")),
+                          files=("data/raw/MindCube_tinybench.jsonl", "raw/MindCube_tinybench.jsonl",
+                                 "MindCube_tinybench.jsonl")),
     "vsi-bench": Benchmark("nyu-visionx/VSI-Bench", "test", vsi_bench, 5130, "vsi-bench", files=("test.jsonl",), video=True,
                            macro=("task", "category"), by=("task",)),
     "sti-bench": Benchmark("MINT-SJTU/STI-Bench", "train", sti_bench, 2064, "sti-bench", files=("qa.parquet",), video=True,
@@ -244,9 +257,10 @@ BENCHMARKS: dict[str, Benchmark] = {
                             by=("level", "view")),
     "video-mme": Benchmark("lmms-lab/Video-MME", "test", video_mme, 2700, "video-mme", video=True, by=("duration",)),
     "tempcompass": Benchmark("lmms-lab/TempCompass", "test", tempcompass, 5536, "tempcompass", video=True,
-                             configs=("multi-choice", "yes_no", "caption_matching"), macro=("format",), by=("aspect", "format")),
-    "longvideobench": Benchmark("longvideobench/LongVideoBench", "validation", longvideobench, 1337, "longvideobench", video=True,
-                                files=("lvb_val.json",), by=("level", "duration")),
+                             configs=("multi-choice", "yes_no", "caption_matching"), macro=("format",),
+                             by=("aspect", "format")),
+    "longvideobench": Benchmark("longvideobench/LongVideoBench", "validation", longvideobench, 1337, "longvideobench",
+                                video=True, files=("lvb_val.json",), by=("level", "duration")),
     "spatialscore": Benchmark("haoningwu/SpatialScore", "test", spatialscore, None, images=32, by=("source", "form"),
                               files=("SpatialScore.json", "dataset/SpatialScore.json", "SpatialScore-Hard.json")),
     "viewspatial": Benchmark("oscarqjh/ViewSpatial_lmmseval", "test", viewspatial, 5712, configs=("default",), images=8,
@@ -255,8 +269,8 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 # Names of the published script that are no spatial benchmarks, or that another entry replaces.
 LEFT_OUT = dict.fromkeys(
-    ("mathvista", "mathverse", "mathvision", "sftseed", "emma-math", "emma-chem", "emma-code", "emma-physics", "mmmu-pro-vision",
-     "mathvista_mcq", "mathverse_vision_mcq", "mmmu_pro", "mmmu_pro_vision_only"),
+    ("mathvista", "mathverse", "mathvision", "sftseed", "emma-math", "emma-chem", "emma-code", "emma-physics",
+     "mmmu-pro-vision", "mathvista_mcq", "mathverse_vision_mcq", "mmmu_pro", "mmmu_pro_vision_only"),
     "left out: not a spatial benchmark",
 ) | {"3dsrbench_full": "left out: 3dsrbench-circular has its pairs, and the authors' own grouping"}  # fmt: skip
 
@@ -314,14 +328,14 @@ def bench_row(name: str, bench: Benchmark, record: dict, number: int, bases: lis
     return row
 
 
-def bench_records(name: str, bench: Benchmark, root: Path | None) -> Iterator[tuple[str, dict, list[Path]]]:
-    """(place, record, folders in which its media may lie) of every config, in order."""
+def bench_records(name: str, bench: Benchmark, root: Path | None) -> Records:
+    """The records of every config, in order."""
     for config in bench.configs:
         for place, record, bases in config_records(name, bench, config, root):
             yield place, (record if config is None else record | {"config": config}), bases
 
 
-def config_records(name: str, bench: Benchmark, config: str | None, root: Path | None) -> Iterator[tuple[str, dict, list[Path]]]:
+def config_records(name: str, bench: Benchmark, config: str | None, root: Path | None) -> Records:
     if root is None:
         yield from loader_records(bench.hub, config, bench.split, [])
         return
@@ -340,7 +354,8 @@ def config_records(name: str, bench: Benchmark, config: str | None, root: Path |
         if (folder / "README.md").is_file() and folder != root or _has_configs(folder):
             yield from loader_records(str(folder), config, bench.split, _bases(folder, folder))
             return
-    raise FileNotFoundError(f"--data-root {root}: no {name} there: clone {bench.hub} into {root / name}, or give {name}.jsonl")
+    cure = f"clone {bench.hub} into {root / name}, or give {name}.jsonl"
+    raise FileNotFoundError(f"--data-root {root}: no {name} there: {cure}")
 
 
 def _has_configs(folder: Path) -> bool:
@@ -360,7 +375,7 @@ def local_files(folder: Path, bench: Benchmark, config: str | None) -> list[Path
     return []
 
 
-def file_records(file: Path, root: Path) -> Iterator[tuple[str, dict, list[Path]]]:
+def file_records(file: Path, root: Path) -> Records:
     if file.suffix == ".json":
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, list):
@@ -374,7 +389,7 @@ def file_records(file: Path, root: Path) -> Iterator[tuple[str, dict, list[Path]
         yield f"{place}, row {number}", record, _bases(file.parent, root)
 
 
-def loader_records(source: str, config: str | None, split: str, bases: list[Path]) -> Iterator[tuple[str, dict, list[Path]]]:
+def loader_records(source: str, config: str | None, split: str, bases: list[Path]) -> Records:
     """Through datasets.load_dataset: a hub id, or a clone of one with its README.md."""
     import datasets  # here: a second to import
 
@@ -382,8 +397,8 @@ def loader_records(source: str, config: str | None, split: str, bases: list[Path
     try:
         table = datasets.load_dataset(source, config, split=split)
     except Exception as error:  # hub, network, config, split and file errors share no class; all become one line
-        why = f"{type(error).__name__}: {one_line(error)}"
-        raise FileNotFoundError(f"{where}: not loaded ({why}): check the network, or clone it and give --data-root") from error
+        why, cure = f"{type(error).__name__}: {one_line(error)}", "check the network, or clone it and give --data-root"
+        raise FileNotFoundError(f"{where}: not loaded ({why}): {cure}") from error
     # The Arrow view hands pictures out as {bytes, path}; the default view would decode them, and stop at a broken one.
     for place, number, record in numbered(where, table.with_format("arrow").iter(batch_size=64)):
         yield f"{place}, row {number}", record, bases
@@ -395,7 +410,8 @@ def loader_records(source: str, config: str | None, split: str, bases: list[Path
 def _bases(folder: Path, root: Path) -> list[Path]:
     """Where a record's media may lie: beside its file, above it, or in the usual folders of a clone."""
     root = root if root.is_dir() else root.parent
-    return list(dict.fromkeys([folder, folder.parent, root, *(root / name for name in ("images", "videos", "video", "data"))]))
+    usual = (root / name for name in ("images", "videos", "video", "data"))
+    return list(dict.fromkeys([folder, folder.parent, root, *usual]))
 
 
 def resolved(images: list, bases: list[Path]) -> list:

@@ -8,7 +8,7 @@ from string import ascii_uppercase
 MARK = re.compile(  # a bracketed letter may follow a full stop directly
     r"(?:^|(?<=[\s,;])|(?<=[.:?!])(?=\())(?:(Option|Caption|Sentence|Choice) )?(?:\((\w)\)|([A-Z0-9])([.:)]))[ \t]*", re.M)
 HEADING = re.compile(
-    r"\s*(?:Select from the following choices\.?|(?:The )?(?:Options|choices)(?: are listed below)?:?)\s*\Z", re.I)  # fmt: skip
+    r"\s*(?:Select from the following choices\.?|(?:The )?(?:Options|choices)(?: are listed below)?:?)\s*\Z", re.I)
 REQUEST = re.compile(r"\s*(?:please |answer |select |choose |respond |reply |the best answer is).*", re.I | re.S)
 
 

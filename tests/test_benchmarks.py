@@ -53,11 +53,11 @@ def records(name, configs):
 
 def dresses(row) -> list[str]:
     """Five ways to say gold."""
-    gold = row["gold"]
+    gold, thought = row["gold"], "<think>17 or not?</think>\n"
     if row["kind"] != "choice":
-        return [gold, f"{gold}.", f"<answer>{gold}</answer>", f"<think>hm, 17?</think>\n<answer> {gold} </answer>", f"Answer: {gold}"]
+        return [gold, f"{gold}.", f"<answer>{gold}</answer>", f"{thought}<answer> {gold} </answer>", f"Answer: {gold}"]
     text = row["options"][ord(gold) - 65]
-    return [gold, f"({gold}) {text}", text, f"The answer is {gold}.", f"<think>or not</think> <answer>({gold}) {text}</answer>"]
+    return [gold, f"({gold}) {text}", text, f"The answer is {gold}.", f"{thought}<answer>({gold}) {text}</answer>"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -87,7 +87,8 @@ def test_rows_are_whole_and_ask_what_the_records_ask(rows_of, name):
         prompt = build_prompt(row, "spatialthinker")
         for option in row["options"]:
             assert sum(line.endswith(f") {option}") for line in prompt.splitlines()) == 1, prompt
-        assert not re.search(r"Options:\s+Options:|Select from|directly with only|^\(A\)", row["question"], re.M), row["question"]
+        left = re.search(r"Options:\s+Options:|Select from|directly with only|^\(A\)", row["question"], re.M)
+        assert not left, row["question"]
         assert ("frames of a video" in prompt) == (len(row["images"]) == 5)
         for key in (*bench.macro, *bench.by, *bench.together):
             assert key == "category" or key in row["meta"], (name, key)
@@ -103,7 +104,8 @@ def test_what_single_entries_make_of_their_records(rows_of):
     assert [row["kind"] for row in rows_of("realworld_qa")] == ["choice", "number", "yes_no", "text"]
     assert of("realworld_qa", 0)[:3] == ("choice", "C", ["Left", "Right", "Straight"])
     assert of("spatialbench", 2)[:3] == ("choice", "B", ["the sofa", "the table", "the lamp", "the door"])
-    assert of("mmvp", 1)[:3] == ("choice", "B", ["Open", "Closed"]) and rows_of("mmvp")[0]["question"] == "Are the wings open or closed?"
+    assert of("mmvp", 1)[:3] == ("choice", "B", ["Open", "Closed"])
+    assert rows_of("mmvp")[0]["question"] == "Are the wings open or closed?"
     assert [row["meta"]["pair"] for row in rows_of("mmvp")] == [0, 0, 1, 1]
     assert of("robospatial", 0)[:2] == ("choice", "A") and len(rows_of("robospatial")[0]["images"]) == 2
     assert len(rows_of("robospatial_rgb")[0]["images"]) == 1 and len(rows_of("lego")[0]["images"]) == 2
@@ -136,7 +138,7 @@ def test_what_single_entries_make_of_their_records(rows_of):
     ("Which? Choices:\nA) one\nB) two", "Which?", ["one", "two"]),
     ("Which?\nSentence A: It falls.\nSentence B: It rises.", "Which?", ["It falls.", "It rises."]),
     ("Which?\nOption 1: up\nOption 2: down", "Which?", ["up", "down"]),
-    ("An example: (A) x (B) y\nNow which?\n(A) one\n(B) two\n(C) three", "An example: (A) x (B) y\nNow which?", ["one", "two", "three"]),
+    ("An example: (A) x (B) y\nNow which?\n(A) one\n(B) two", "An example: (A) x (B) y\nNow which?", ["one", "two"]),
     ("Points A and B are marked. Which is closer?", "Points A and B are marked. Which is closer?", []),
     ("Is it 1. or 2. here?", "Is it 1. or 2. here?", []),
     ("Which?\n(A) one\n(B) two\nThe boxes are in pixels.", "Which?\nThe boxes are in pixels.", ["one", "two"]),
@@ -152,8 +154,8 @@ def test_options_in_a_text(text, question, options):
 
 def test_a_table_of_jsonl_or_parquet_and_limit(tmp_path, rows_of):
     (tmp_path / "a.png").write_bytes(png())
-    lines = [{"image": "a.png", "text": "Is it?", "answer": "Yes", "category": "existence"}, {"image": "a.png", "text": "How many?",
-             "answer": "3", "category": "counting"}]  # fmt: skip
+    lines = [{"image": "a.png", "text": "Is it?", "answer": "Yes", "category": "existence"},
+             {"image": "a.png", "text": "How many?", "answer": "3", "category": "counting"}]  # fmt: skip
     file = tmp_path / "spatialbench.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     for root in (file, tmp_path):
@@ -230,7 +232,9 @@ def test_names():
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="shared/realdata is not here")
-@pytest.mark.parametrize("name, file", [("viewspatial", "ViewSpatial-Bench.json.gz"), ("spatialscore", "SpatialScore-Hard.json")])
+@pytest.mark.parametrize("name, file", [
+    ("viewspatial", "ViewSpatial-Bench.json.gz"), ("spatialscore", "SpatialScore-Hard.json"),
+])  # fmt: skip
 def test_every_real_question_is_read(name, file):
     data = (REAL / "benchmark_qa" / file).read_bytes()
     items = json.loads(gzip.decompress(data) if file.endswith("gz") else data)
@@ -246,8 +250,8 @@ def test_every_real_question_is_read(name, file):
 def test_every_real_question_of_tempcompass_and_hallusionbench_is_read():
     for config, file in (("multi-choice", "TempCompass_multi-choice.json.gz"), ("yes_no", "TempCompass_yes_no.json.gz")):
         videos = json.loads(gzip.decompress((REAL / "benchmark_qa" / file).read_bytes()))
-        items = [{"video_id": video, "dim": dim, "config": config, **q} for video, dims in videos.items() for dim, qs in dims.items()
-                 for q in qs]  # fmt: skip
+        items = [{"video_id": video, "dim": dim, "config": config, **q}
+                 for video, dims in videos.items() for dim, qs in dims.items() for q in qs]  # fmt: skip
         for n, item in enumerate(items):
             row = bench_row("tempcompass", BENCHMARKS["tempcompass"], item, n, [], 8)
             assert row["kind"] == {"multi-choice": "choice", "yes_no": "yes_no"}[config], item

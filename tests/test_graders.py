@@ -165,11 +165,12 @@ def test_an_unknown_kind_rule_or_mode_is_named():
 
 @pytest.mark.parametrize("mode", R.MODES)
 def test_any_text_gets_a_finite_verdict(mode):
-    rng, alphabet = random.Random(0), ["<answer>", "</answer>", "Answer:", "(", ")", "A", "b", " ", "\n", "7", ".", "yes", ":",
-                                       ",", "{", "move_right:", "-", "None", "\ud800", "1e999", "a"]  # fmt: skip
+    rng = random.Random(0)
+    alphabet = ["<answer>", "</answer>", "Answer:", "(", ")", "A", "b", " ", "\n", "7", ".", "yes", ":", ",", "{",
+                "move_right:", "-", "None", "\ud800", "1e999", "a"]  # fmt: skip
     rows = [row("choice", "A", options=["x", "A"], rule=rule) for rule in R.PUBLISHED]
-    rows += [row("mra", "2", rule="vsi-bench"), row("mra", "2", rule="spar-bench"), row("yes_no", "no", rule="evals-direct"),
-             row("view_change", "move_right:1", rule="spar-bench")]  # fmt: skip
+    rows += [row("mra", "2", rule="vsi-bench"), row("mra", "2", rule="spar-bench"),
+             row("yes_no", "no", rule="evals-direct"), row("view_change", "move_right:1", rule="spar-bench")]  # fmt: skip
     for _ in range(400):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 12)))
         for one in rows:
@@ -185,7 +186,7 @@ def test_100_000_answers_are_graded_in_ten_seconds():
         options = [" ".join(rng.choices(words, k=2)) + f" {k}" for k in range(4)]
         kind = rng.choice(["choice"] * 6 + ["mra", "number", "yes_no", "text"])
         gold = {"choice": "B", "mra": "2.5", "number": "3", "yes_no": "yes", "text": "a lamp"}[kind]
-        said = rng.choice([f"<answer>(B) {options[1]}</answer>", "The answer is C.", options[2], "I count 3 of them: yes", "?"])
+        said = rng.choice([f"<answer>(B) {options[1]}</answer>", "The answer is C.", options[2], "I count 3: yes", "?"])
         text = f"<think>{' '.join(rng.choices(words, k=60))}</think>\n{said}"
         work.append((row(kind, gold, options=options if kind == "choice" else ()), text))
     times = []

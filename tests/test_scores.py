@@ -5,6 +5,7 @@ python -m pytest tests/test_scores.py
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ VSI_NUMBERS = ("object_abs_distance", "object_counting", "object_size_estimation
 
 
 def record(key, correct, *, category="c", answer="A", dataset="mine", **more):
-    return {"id": key, "dataset": dataset, "category": category, "kind": "choice", "options": ["x", "y"], "correct": correct,
-            "answer": answer, "finished": True, "format": 0.0, "question": f"q {key}", "gold": "A", "meta": {}} | more  # fmt: skip
+    line = {"id": key, "dataset": dataset, "category": category, "kind": "choice", "options": ["x", "y"], "correct": correct}
+    line |= {"answer": answer, "finished": True, "format": 0.0, "question": f"q {key}", "gold": "A", "meta": {}}
+    return line | more
 
 
 # ---------------------------------------------------------------- by hand
@@ -28,7 +30,8 @@ def record(key, correct, *, category="c", answer="A", dataset="mine", **more):
 
 def test_samples_of_a_row_are_one_row():
     """Row a: right, wrong, wrong, wrong; row b: right in all four; row c: unread in all."""
-    records = [record("a", value, sample=n, answer=answer) for n, (value, answer) in enumerate([(1, "A"), (0, "B"), (0, "B"), (0, "C")])]
+    said = [(1, "A"), (0, "B"), (0, "B"), (0, "C")]
+    records = [record("a", value, sample=n, answer=answer) for n, (value, answer) in enumerate(said)]
     records += [record("b", 1, sample=n) for n in range(4)] + [record("c", 0, sample=n, answer=None) for n in range(4)]
     result = scores.scores(records)
     assert (result["n"], result["accuracy"]) == (3, pytest.approx((0.25 + 1 + 0) / 3))
@@ -52,8 +55,9 @@ def test_a_tie_of_the_majority_is_shared():
 def test_macro_weighs_groups_alike_and_carries_their_errors():
     """CV-Bench's own number: (mean of ADE20K and COCO, and Omni3D) / 2."""
     plan = {"ADE20K": [1, 0, 0, 0], "COCO": [1, 1], "Omni3D": [1, 1, 1, 0, 0, 0]}
+    kinds = {"ADE20K": "2D", "COCO": "2D", "Omni3D": "3D"}
     records = [
-        record(f"{source}{n}", value, dataset="cv-bench", meta={"source": source, "type": "3D" if source == "Omni3D" else "2D"})
+        record(f"{source}{n}", value, dataset="cv-bench", meta={"source": source, "type": kinds[source]})
         for source, values in plan.items() for n, value in enumerate(values)
     ]  # fmt: skip
     result = scores.scores(records)
@@ -108,11 +112,17 @@ def test_the_paired_difference_by_hand():
 def graded(docs, rule, category, kind_of=lambda doc: "choice"):
     found = []
     for n, doc in enumerate(docs):
-        meta = {"rule": rule} | ({"level": spar_level(doc["task"]), "view": doc["image_type"]} if rule == "spar-bench" else {})
+        meta = {"rule": rule}
+        meta |= {"level": spar_level(doc["task"]), "view": doc["image_type"]} if rule == "spar-bench" else {}
         meta |= {"duration": doc["duration"]} if rule == "video-mme" else {}
-        row = record(str(n), 0, category=doc[category], kind=kind_of(doc), gold=doc["ground_truth"], options=[], meta=meta, dataset=rule)
+        row = record(str(n), 0, category=doc[category], kind=kind_of(doc), gold=doc["ground_truth"], options=[], meta=meta,
+                     dataset=rule)  # fmt: skip
         found.append(row | grade(row, doc["predicted_answer"], mode="upstream"))
     return found
+
+
+def vsi_kind(doc):
+    return "mra" if doc["question_type"] in VSI_NUMBERS else "choice"
 
 
 def spar_kind(doc):
@@ -128,17 +138,16 @@ def vectors(function):
 
 def test_vsi_bench_as_published():
     for docs, want in vectors("vsibench_eval"):
-        records = graded(docs, "vsi-bench", "question_type", lambda doc: "mra" if doc["question_type"] in VSI_NUMBERS else "choice")
+        records = graded(docs, "vsi-bench", "question_type", vsi_kind)
         result = scores.scores(records, mode="upstream")
         assert result["published"]["overall"] == pytest.approx(want["overall_accuracy"], abs=1e-9)
         for name, part in result["by_category"].items():
             for key in (f"{name}_accuracy", f"{name}_MRA:.5:.95:.05"):
                 assert key not in want or part["accuracy"] == pytest.approx(want[key], abs=1e-9)
-        full = {"object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard"} <= {r["category"] for r in records}
-        tasks = [r | {"meta": r["meta"] | {"task": r["category"].removesuffix("_easy").removesuffix("_medium").removesuffix("_hard")}}
-                 for r in records]  # fmt: skip
-        ours = scores.scores(tasks)["macro"]["accuracy"]
-        assert not full or ours == pytest.approx(want["overall_accuracy"], abs=1e-9), "with all levels the table's own mean is it"
+        for r in records:
+            r["meta"]["task"] = re.sub("_(easy|medium|hard)$", "", r["category"])
+        if sum("direction" in name for name in result["by_category"]) == 3:  # then the table's own mean is the same
+            assert scores.scores(records)["macro"]["accuracy"] == pytest.approx(want["overall_accuracy"], abs=1e-9)
 
 
 def test_vsi_bench_with_a_missing_level():
@@ -156,7 +165,8 @@ def test_sti_bench_as_published_first_and_later():
         for name, part in result["by_category"].items():
             assert part["accuracy"] == pytest.approx(want[name], abs=1e-9)
     for docs, want in vectors("stibench_eval_later_revision"):
-        assert scores.accuracy(graded(docs, "sti-bench", "task"))["accuracy"] == pytest.approx(want["overall_accuracy"], abs=1e-9)
+        rows = scores.accuracy(graded(docs, "sti-bench", "task"))["accuracy"]
+        assert rows == pytest.approx(want["overall_accuracy"], abs=1e-9)
 
 
 def test_spar_bench_as_published():
@@ -185,11 +195,12 @@ def test_video_mme_as_published():
 
 def evals_file(folder: Path) -> Path:
     """As evals.py writes it: bare letters are scored as A, a word for gold keeps one letter, running counters stand by."""
-    prompt = "Reason first. An example: (A) x (B) y\nQuestion: Which is closer? Select from the following choices.\n(A) table\n(B) chair"
+    prompt = "Reason first. An example: (A) x (B) y\nQuestion: Which is closer? Select from the following choices.\n"
+    prompt += "(A) table\n(B) chair"
     texts = [("B", "The answer is B.", "A", 0), ("B", "<answer> (B) chair </answer>", "B", 1), ("A", "who knows", "A", 1),
              ("B", "", "Failed to extract.", 0), ("A", "<answer>chair</answer>", "B", 0)]  # fmt: skip
-    items = [{"prompt": prompt, "correct_answer": gold, "reasoning": text, "pred_answer": pred, "correct": correct, "task": "Depth",
-              "Depth_correct": 1} for gold, text, pred, correct in texts]  # fmt: skip
+    items = [{"prompt": prompt, "correct_answer": gold, "reasoning": text, "pred_answer": pred, "correct": correct,
+              "task": "Depth", "Depth_correct": 1} for gold, text, pred, correct in texts]  # fmt: skip
     items[-1]["final_accuracy"] = 0.4
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cv-bench-3D_SpatialThinker-7B.json").write_text(json.dumps(items, indent=2))
@@ -214,24 +225,27 @@ def test_published_json_is_graded_again_and_its_own_verdicts_come_back_upstream(
 def test_published_words_hallusionbench_and_mmvp(tmp_path):
     def one(name, gold, prompt, text="<answer>yes</answer>"):
         file = tmp_path / f"{name}_model.json"
-        file.write_text(json.dumps([{"prompt": prompt, "correct_answer": gold, "reasoning": text, "correct": 0, "task": None}]))
+        entry = {"prompt": prompt, "correct_answer": gold, "reasoning": text, "correct": 0, "task": None}
+        file.write_text(json.dumps([entry]))
         [found] = published_records(file)
         return found["dataset"], found["kind"], found["gold"], found["options"]
 
     assert one("robospatial_rgb", "y", "Is it?\n(A) yes\n(B) no") == ("robospatial_rgb", "choice", "A", ["yes", "no"])
-    assert one("hallusionbench", "A", "Is it red?\nOptions:\n(A) Yes \n(B) No") == ("hallusionbench", "choice", "A", ["Yes", "No"])
-    assert one("hallusionbench", "0", "Is it red?\nOptions:\n(A) Yes \n(B) No")[2] == "B"
-    assert one("mmvp", "(b)", "Open or closed? (a) Open (b) Closed. Please give") [2] == "B"
+    red = "Is it red?\nOptions:\n(A) Yes \n(B) No"
+    assert one("hallusionbench", "A", red) == ("hallusionbench", "choice", "A", ["Yes", "No"])
+    assert one("hallusionbench", "0", red)[2] == "B"
+    open_closed = "Open or closed? (a) Open (b) Closed. Please give the final answer within answer tags."
+    assert one("mmvp", "(b)", open_closed)[1:] == ("choice", "B", ["Open", "Closed."])
     assert one("spatialbench", "3", "How many?") == ("spatialbench", "number", "3", [])
     assert one("realworld_qa", "yes", "Is it?") == ("realworld_qa", "yes_no", "yes", [])
 
 
 def test_spacers_jsonl_is_graded_again(tmp_path):
     rows = [
-        {"id": 1, "question": "Where?", "promt": "Where?\nOptions:\nA. left\nB. right\nletter", "ground_truth": "B", "frame_timestamps": "",
+        {"id": 1, "question": "Where?", "promt": "Where?\nOptions:\nA. left\nB. right\nletter", "ground_truth": "B",
          "question_type": "object_rel_direction_easy", "predicted_answer": "<think>a</think><answer>(B)</answer>"},
         {"id": 2, "question": "How many?", "promt": "How many?", "ground_truth": "4", "question_type": "object_counting",
-         "frame_timestamps": "", "predicted_answer": "I see a table and 4 chairs: 4"},
+         "predicted_answer": "I see a table and 4 chairs: 4"},
     ]  # fmt: skip
     (tmp_path / "VSI-Bench_results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [ours] = rescore(str(tmp_path), out=str(tmp_path / "ours"))
