@@ -31,21 +31,24 @@ CHOOSE = "Select from the following choices."
 
 def cv(n, kind, task, source, options, answer):
     question = f"Question number {n} about {task}?"
-    return {"idx": n, "type": kind, "task": task, "image": pic(n), "question": question, "choices": options, "answer": answer,
-            "prompt": f"{question} {CHOOSE}\n{listed(options)}", "filename": f"{n}.png", "source": source,
-            "source_dataset": source, "source_filename": "", "target_class": None, "target_size": None, "bbox": None}  # fmt: skip
+    return {"idx": n, "type": kind, "task": task, "image": pic(n), "question": question, "choices": options,
+            "answer": answer, "prompt": f"{question} {CHOOSE}\n{listed(options)}", "filename": f"{n}.png", "source": source,
+            "source_dataset": source, "source_filename": "", "target_class": None, "target_size": None,
+            "bbox": None}  # fmt: skip
 
 
 CV2D = [cv(0, "2D", "Count", "ADE20K", COUNTS, "(C)"), cv(1, "2D", "Relation", "COCO", SIDES, "(A)"),
         cv(2, "2D", "Count", "ADE20K", COUNTS, "(D)")]  # fmt: skip
-CV3D = [cv(3, "3D", "Depth", "Omni3D", ["table", "chair"], "(B)"), cv(4, "3D", "Distance", "Omni3D", ["sofa", "lamp"], "(A)")]
+CV3D = [cv(3, "3D", "Depth", "Omni3D", ["table", "chair"], "(B)"),
+        cv(4, "3D", "Distance", "Omni3D", ["sofa", "lamp"], "(A)")]  # fmt: skip
 
 
 def blink(task, options, images, question="Which of these is it?"):
     rows = []
     for n, answer in enumerate(("(A)", "(B)")):
         row = {"idx": f"val_{task}_{n + 1}", "question": question, "sub_task": task, "choices": options, "answer": answer,
-               "explanation": "", "prompt": f"Look closely, points A and B are marked. {question}\n{CHOOSE}\n{listed(options)}"}
+               "explanation": ""}  # fmt: skip
+        row["prompt"] = f"Look closely, points A and B are marked. {question}\n{CHOOSE}\n{listed(options)}"
         row |= {f"image_{i}": pic(i) if i <= images else None for i in range(1, 5)}
         rows.append(row)
     return rows
@@ -71,8 +74,9 @@ def dsr(qid, options, answer, category="orientation_viewpoint"):
 
 def hallusion(n, category, figure, question, answer):
     return {"category": category, "subcategory": "chart", "visual_input": "1", "set_id": "4", "figure_id": str(figure),
-            "sample_note": "", "question_id": str(question), "question": f"Is bar {question} the highest?", "gt_answer_details": "",
-            "gt_answer": answer, "filename": f"./hallusion_bench/{category}/chart/4_{figure}.png", "image": pic(n)}  # fmt: skip
+            "sample_note": "", "question_id": str(question), "question": f"Is bar {question} the highest?",
+            "gt_answer_details": "", "gt_answer": answer, "image": pic(n),
+            "filename": f"./hallusion_bench/{category}/chart/4_{figure}.png"}  # fmt: skip
 
 
 def stvqa(n, options, letter):
@@ -82,8 +86,9 @@ def stvqa(n, options, letter):
             "question_only": "Where is it?", "question_with_options": f"Where is it?\nOptions:\n{listed(options)}",
             "options": options, "answer": f"{block}<answer>{letter}</answer>", "answer_only": letter,
             "answer_text": f"{block}<answer>{text}</answer>", "answer_text_only": text,
-            "answer_option_text": f"{block}<answer>({letter}) {text}</answer>", "answer_option_text_only": f"({letter}) {text}",
-            "category": "relation", "level": "easy", "rating": 5}  # fmt: skip
+            "answer_option_text": f"{block}<answer>({letter}) {text}</answer>",
+            "answer_option_text_only": f"({letter}) {text}", "category": "relation", "level": "easy",
+            "rating": 5}  # fmt: skip
 
 
 def temp(n, dim, question, answer):
@@ -97,10 +102,12 @@ ROBO = [
      "answer": answer, "options": ["yes", "no"], "category": category}
     for answer, category in (("yes", "configuration"), ("B", "compatibility"))
 ]  # fmt: skip
-LVB = {"video_id": "abc", "video_path": "abc.mp4", "question_wo_referring_query": "", "position": [1, 2], "topic_category": "KC",
-       "level": "L1-Perception", "subtitle_path": "abc.json", "starting_timestamp_for_subtitles": 0.0, "duration": 12.0,
+LVB = {"video_id": "abc", "video_path": "abc.mp4", "question_wo_referring_query": "", "position": [1, 2],
+       "topic_category": "KC", "level": "L1-Perception", "subtitle_path": "abc.json",
+       "starting_timestamp_for_subtitles": 0.0, "duration": 12.0,
        "view_count": 3}  # fmt: skip
 PLAIN = "Please answer directly with only the letter of the correct option and nothing else."
+WORD = "Please answer directly with a single word or number."
 
 # name -> records, or config -> records
 FIXTURES: dict = {
@@ -114,9 +121,9 @@ FIXTURES: dict = {
     "blink-multi-view": {"Multi-view_Reasoning": blink("Multi-view_Reasoning", ["left", "right"], 2)},
     "blink-jigsaw": {"Jigsaw": blink("Jigsaw", ["the second image", "the third image"], 3)},
     "realworld_qa": [
-        {"image": pic(), "question": f"In which direction does it go?\n\nA. Left\nB. Right\nC. Straight\n{PLAIN}", "answer": "C"},
-        {"image": pic(1), "question": "How many lanes are there? Please answer directly with a single word or number.", "answer": "4"},
-        {"image": pic(2), "question": "Is the light green? Please answer directly with a single word or number.", "answer": "No"},
+        {"image": pic(), "question": f"Where does it go?\n\nA. Left\nB. Right\nC. Straight\n{PLAIN}", "answer": "C"},
+        {"image": pic(1), "question": f"How many lanes are there? {WORD}", "answer": "4"},
+        {"image": pic(2), "question": f"Is the light green? {WORD}", "answer": "No"},
         {"image": pic(3), "question": "What is the speed limit on the sign?", "answer": "fifty five"},
     ],
     "spatialbench": [
@@ -129,21 +136,25 @@ FIXTURES: dict = {
         for n, label in enumerate(("(a)", "(b)", "(b)", "(a)"))
     ],
     "3dsrbench": [
-        {"image": pic(n), "prompt": f"Which is higher up?\n{CHOOSE}\n{listed(ROOM[:2])}", "choices": ROOM[:2], "answer": answer,
-         "task": task} for n, (answer, task) in enumerate((("A", "height"), ("B", "location"), ("B", "multi_object")))
+        {"image": pic(n), "prompt": f"Which is higher up?\n{CHOOSE}\n{listed(ROOM[:2])}", "choices": ROOM[:2],
+         "answer": answer, "task": task}
+        for n, (answer, task) in enumerate((("A", "height"), ("B", "location"), ("B", "multi_object")))
     ],
     "3dsrbench-circular": {"3dsr_circular": [
-        dsr("AAAAAAAA", ["front", "left"], "A"), dsr("AAAAAAAA-1", ["left", "front"], "B"), dsr("AAAAAAAA-flip", ["front", "right"], "A"),
+        dsr("AAAAAAAA", ["front", "left"], "A"), dsr("AAAAAAAA-1", ["left", "front"], "B"),
+        dsr("AAAAAAAA-flip", ["front", "right"], "A"),
         dsr("AAAAAAAA-flip-1", ["right", "front"], "B"), dsr("BBBBBBBB", ["yes", "no"], "B", "height_higher"),
         dsr("BBBBBBBB-1", ["no", "yes"], "A", "height_higher"),
     ]},
     "lego": [
-        {"image": [pic(n), pic(n + 1)], "prompt": f"Which piece comes next?\nOptions:\n{listed(ROOM, '{}. {}')}", "choices": ROOM,
-         "answer": answer, "category": category} for n, (answer, category) in enumerate((("C", "next_step"), ("A", "height")))
+        {"image": [pic(n), pic(n + 1)], "prompt": f"Which piece comes next?\nOptions:\n{listed(ROOM, '{}. {}')}",
+         "choices": ROOM, "answer": answer, "category": category}
+        for n, (answer, category) in enumerate((("C", "next_step"), ("A", "height")))
     ],
     "spatialreasoner": [
-        {"image": pic(n), "prompt": f"Which is closer to the camera?\n{CHOOSE}\n{listed(['mug', 'pan'])}", "choices": "['mug', 'pan']",
-         "answer": answer, "task": task} for n, (answer, task) in enumerate((("A", "Depth"), ("B", "Distance")))
+        {"image": pic(n), "prompt": f"Which is closer to the camera?\n{CHOOSE}\n{listed(['mug', 'pan'])}",
+         "choices": "['mug', 'pan']", "answer": answer, "task": task}
+        for n, (answer, task) in enumerate((("A", "Depth"), ("B", "Distance")))
     ],
     "robospatial": ROBO,
     "robospatial_rgb": ROBO,
@@ -162,22 +173,24 @@ FIXTURES: dict = {
          "meta_info": {"source": "MMBench", "split": "val", "image_path": "x.jpg"}} for n, answer in enumerate("BD")
     ],
     "mme-realworld-lite": [
-        {"index": f"a/{n}", "bytes": base64.b64encode(png(n)).decode(), "question": "What number is on the car?", "path": "x.png",
-         "multi-choice options": [f"({c}) {o}" for c, o in zip("ABCDE", ["12", "34", "56", "78", "The image does not show it."])],
+        {"index": f"a/{n}", "bytes": base64.b64encode(png(n)).decode(), "question": "What number is on the car?",
+         "path": "x.png", "multi-choice options": ["(A) 12", "(B) 34", "(C) 56", "(D) 78", "(E) Not to be seen."],
          "answer": answer, "category": category, "l2-category": "vehicle"}
         for n, (answer, category) in enumerate((("B", "Perception/Monitoring"), ("E", "Reasoning/Autonomous_Driving")))
     ],
     "mindcube": {"tiny": [
-        {"id": f"{setting}_group{n}_q0_1_2", "images": [pic(n), pic(n + 1)], "gt_answer": answer, "category": ["P-P", setting],
-         "type": setting, "input_prompt": "unused",
+        {"id": f"{setting}_group{n}_q0_1_2", "images": [pic(n), pic(n + 1)], "gt_answer": answer,
+         "category": ["P-P", setting], "type": setting, "input_prompt": "unused",
          "question": f"<image>\n<image>\nBased on these images: what is behind you? {listed(ROOM, '{}. {}', ' ')}"}
         for n, (setting, answer) in enumerate((("among", "A"), ("aroundnew", "C"), ("rotation", "D")))
     ]},
-    "vsi-bench": [vsi(0, "object_rel_direction_easy", "A", ["left", "right"]), vsi(1, "object_rel_direction_hard", "B", ROOM),
-                  vsi(2, "object_counting", "3"), vsi(3, "object_abs_distance", "2.3"), vsi(4, "route_planning", "C", ROOM[:3])],
+    "vsi-bench": [
+        vsi(0, "object_rel_direction_easy", "A", ["left", "right"]), vsi(1, "object_rel_direction_hard", "B", ROOM),
+        vsi(2, "object_counting", "3"), vsi(3, "object_abs_distance", "2.3"), vsi(4, "route_planning", "C", ROOM[:3]),
+    ],
     "sti-bench": [
-        {"ID": n, "Video": f"scene_{n % 2}.mp4", "Source": "ScanNet", "Scene": "indoor", "Task": task, "time_start": 1.5, "time_end": 4.0,
-         "Question": "How large is the box?", "Answer": answer, "QType": "q",
+        {"ID": n, "Video": f"scene_{n % 2}.mp4", "Source": "ScanNet", "Scene": "indoor", "Task": task, "time_start": 1.5,
+         "time_end": 4.0, "Question": "How large is the box?", "Answer": answer, "QType": "q",
          "Candidates": {"A": "0.1 m", "B": "0.5 m", "C": "1.0 m", "D": "2.0 m", "E": "3.0 m"}}
         for n, (task, answer) in enumerate((("Dimensional Measurement", "E"), ("Pose Estimation", "A")))
     ],
@@ -195,12 +208,12 @@ FIXTURES: dict = {
         for n, (duration, answer) in enumerate((("short", "B"), ("long", "D")))
     ],
     "tempcompass": {
-        "multi-choice": [temp(0, "action", f"What is the man doing?\n{listed(['running', 'walking', 'sitting'], '{}. {}')}", "B. walking")],
+        "multi-choice": [temp(0, "action", f"What does he do?\n{listed(['run', 'walk', 'sit'], '{}. {}')}", "B. walk")],
         "yes_no": [temp(0, "action", "Is the man walking?", "yes"), temp(1, "speed", "Is the car fast?", "no")],
         "caption_matching": [
-            temp(0, "order", "Which description fits?\nCaption A: First a cup, then a bowl.\nCaption B: First a bowl, then a cup.",
+            temp(0, "order", "Which fits?\nCaption A: First a cup, then a bowl.\nCaption B: First a bowl, then a cup.",
                  "Caption B: First a bowl, then a cup."),
-            temp(1, "direction", "Which one matches the video?\nOption 1: It falls.\nOption 2: It rises.", "Option 2: It rises."),
+            temp(1, "direction", "Which one matches?\nOption 1: It falls.\nOption 2: It rises.", "Option 2: It rises."),
         ],
     },
     "longvideobench": [
@@ -209,15 +222,15 @@ FIXTURES: dict = {
                "option4": "N/A"} for n, category in enumerate(("S2E", "SSS"))
     ],
     "spatialscore": [
-        {"index": 258, "category": "Others", "subcategory": "Miscellaneous", "question_type": "multi-choice", "source": "MMVP",
-         "input_modality": "single-image", "question": "Do they go to the left or to the right?\n(a) Left (b) Right", "answer": "(a)",
-         "img_paths": ["./dataset/MMVP/1.png"], "index_origin": 259, "category_origin": "unknown"},
+        {"index": 258, "category": "Others", "subcategory": "Miscellaneous", "question_type": "multi-choice",
+         "source": "MMVP", "input_modality": "single-image", "question": "To the left or to the right?\n(a) Left (b) Right",
+         "answer": "(a)", "img_paths": ["./dataset/MMVP/1.png"], "index_origin": 259, "category_origin": "unknown"},
         {"index": 3, "category": "Counting", "subcategory": "Object", "question_type": "judgment", "source": "VSR",
-         "input_modality": "single-image", "question": "Is the cup on the table?", "answer": "yes", "img_paths": ["./dataset/VSR/2.png"],
-         "index_origin": 7, "category_origin": ""},
+         "input_modality": "single-image", "question": "Is the cup on the table?", "answer": "yes",
+         "img_paths": ["./dataset/VSR/2.png"], "index_origin": 7, "category_origin": ""},
         {"index": 4, "category": "3D", "subcategory": "Distance", "question_type": "open-ended", "source": "VSI-Bench",
-         "input_modality": "video", "question": "How far is it in metres?", "answer": 2.4, "img_paths": ["./dataset/VSI/scene.mp4"],
-         "index_origin": 9, "category_origin": "object_abs_distance"},
+         "input_modality": "video", "question": "How far is it in metres?", "answer": 2.4,
+         "img_paths": ["./dataset/VSI/scene.mp4"], "index_origin": 9, "category_origin": "object_abs_distance"},
     ],
     "viewspatial": {"default": [
         {"question_type": "Camera perspective - Relative Direction", "images": [pic(n)], "question": "Where is the counter?",
