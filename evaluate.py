@@ -261,12 +261,17 @@ def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, rec
                 seen = scores.accuracy(records[-1000:])
                 progress.show(len({r["id"] for r in records}) - 1, {"accuracy": seen["accuracy"]} if seen["n"] else {})
     progress.close()
-    runs.replace_file(path.with_name("failed.json"), json.dumps(failed, indent=1).encode())
+    report_failed(path.with_name("failed.json"), failed, len(rows))
+
+
+def report_failed(path: Path, failed: dict[str, str], total: int) -> None:
+    """Lists the rows that a served model refused; an older list goes when there are none left."""
+    if failed or path.exists():
+        runs.replace_file(path, json.dumps(failed, indent=1).encode())
     for key, why in [*failed.items()][:5]:
         print(f"failed, row {key}: {why}")
     if failed:
-        told = f"{len(failed)} of {len(rows)} rows failed, listed in {path.with_name('failed.json')}"
-        print(f"{told}: the same command asks them again")
+        print(f"{len(failed)} of {total} rows failed, listed in {path}: the same command asks them again")
 
 
 def transcript(cfg: Config, row: dict, reply: dict, donor: dict | None, sample: int) -> dict:
