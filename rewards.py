@@ -817,8 +817,8 @@ def _grade_text_row(row: dict, text: str) -> tuple[bool, str | None]:
 
 
 MOVE = re.compile(r"\b(move|rotate)[ _](right|left|up|down|forward|backward)\s*[:=]\s*([-+]?[0-9]*\.?[0-9]+)", re.I)
-AXES = (("move right", "move left"), ("move up", "move down"), ("move forward", "move backward"),
-        ("rotate right", "rotate left"), ("rotate up", "rotate down"))  # fmt: skip
+AXES = (("move_right", "move_left"), ("move_up", "move_down"), ("move_forward", "move_backward"),
+        ("rotate_right", "rotate_left"), ("rotate_up", "rotate_down"))  # fmt: skip
 
 
 def _net_moves(moves: dict[str, float]) -> list[float]:
@@ -827,7 +827,7 @@ def _net_moves(moves: dict[str, float]) -> list[float]:
 
 def _grade_view_row(row: dict, text: str) -> tuple[float, str | None]:
     """A camera's move (spacer 5.4): the mean of the relative accuracies on five axes, relative to the truth."""
-    said, want = ({f"{m[1]} {m[2]}".lower(): float(m[3]) for m in MOVE.finditer(t)} for t in (_final(text), row["gold"]))
+    said, want = ({f"{m[1]}_{m[2]}".lower(): float(m[3]) for m in MOVE.finditer(t)} for t in (_final(text), row["gold"]))
     if not said or not want:
         return 0.0, None
     scores = [mean_relative_accuracy(p, t) for p, t in zip(_net_moves(said), _net_moves(want))]
@@ -869,8 +869,9 @@ def _published_evals(row: dict, text: str) -> tuple[bool, str | None]:
         return False, None
     gold, options = _raw_gold(row).replace("(", "").replace(")", "").strip(), [o.lower() for o in row["options"]]
     gold = gold[0].lower() if len(gold) > 1 else gold
-    named = re.sub(r"^\([A-Za-z]\)\s*", "", given).replace("{", "").replace("}", "").lower()
-    given = chr(65 + options.index(named)) if named in options else "A"
+    if options:
+        named = re.sub(r"^\([A-Za-z]\)\s*", "", given).replace("{", "").replace("}", "").lower()
+        given = chr(65 + options.index(named)) if named in options else "A"
     return _evals_equal(gold, given), given
 
 
@@ -970,7 +971,7 @@ def _published_spar(row: dict, text: str) -> tuple[bool | float, str | None]:
 def _spar_moves(given: str, gold: str) -> float:
     try:
         pairs = [[part.split(":") for part in text.split(",")] for text in (given, gold)]
-        said, want = ({key.replace("_", " "): float(value) for key, value in parts} for parts in pairs)
+        said, want = ({key: float(value) for key, value in parts} for parts in pairs)
     except ValueError:
         return 0.0
     scores = [mean_relative_accuracy(t, p) for p, t in zip(_net_moves(said), _net_moves(want))]
@@ -1009,20 +1010,14 @@ def tempcompass_yes_no(text: str) -> str | None:
 def tempcompass_caption(text: str, question: str, answer: str) -> bool | None:
     """TempCompass' own rule for matching captions (5.7): whether the text is the option, its sentence or its name;
     None if it is none of them. question: one option a line below the first line, `Caption A: sentence`."""
-    named, options = None, [line.split(": ", 1) for line in question.split("\n")[1:] if ": " in line]
-    for name, sentence in options:
-        if text == f"{name}: {sentence}":
-            named = text
-    for name, sentence in options:
-        if sentence == text or ") " in text and sentence == text.split(") ")[1]:
-            named = sentence
-    for name, _ in options:
-        for form in (name, re.sub(r"(?:Sentence|Option|Caption) ", "", name)):
-            named = form if form in (text, text.replace(".", "")) else named
-    if named is None:
-        return None
-    name, _, sentence = answer.partition(": ")
-    return named in (answer, name, sentence, name.split()[-1])
+    lines = [line for line in question.split("\n")[1:] if ": " in line]
+    names, sentences = ([line.split(": ")[part] for line in lines] for part in (0, 1))
+    names += [re.sub("Sentence |Option |Caption ", "", name) for name in names]
+    named = next((line for line in lines if line == text), None)
+    named = next((s for s in sentences if s == text or ") " in text and s == text.split(") ")[1]), named)
+    named = next((name for name in names if name in (text, text.replace(".", ""))), named)
+    gold = [*answer.split(": "), ""]
+    return None if named is None else named in (answer, answer.split(":")[0], gold[1], *gold[0].split()[1:2])
 
 
 PUBLISHED = {
