@@ -182,9 +182,10 @@ def video_mme(r: dict, n: int) -> dict:
 
 
 def tempcompass(r: dict, n: int) -> dict:
-    row = asked(r["question"], r["answer"])
+    row, captions = asked(r["question"], r["answer"]), re.match("(Caption|Option|Sentence) ", r["answer"])
+    form = "yes_no" if row["kind"] == "yes_no" else "caption_matching" if captions else "multi-choice"
     return row | {"video": f"{r['video_id']}.mp4", "category": r["dim"], "own": r["video_id"],
-                  "meta": {"aspect": r["dim"], "format": r["config"]}}  # fmt: skip
+                  "meta": {"aspect": r["dim"], "format": form}}
 
 
 PERCEPTION = ("S2E", "S2O", "S2A", "E2O", "O2E", "T2E", "T2O", "T2A")
@@ -329,38 +330,36 @@ def bench_row(name: str, bench: Benchmark, record: dict, number: int, bases: lis
 
 
 def bench_records(name: str, bench: Benchmark, root: Path | None) -> Records:
-    """The records of every config, in order."""
-    for config in bench.configs:
-        for place, record, bases in config_records(name, bench, config, root):
-            yield place, (record if config is None else record | {"config": config}), bases
-
-
-def config_records(name: str, bench: Benchmark, config: str | None, root: Path | None) -> Records:
-    if root is None:
-        yield from loader_records(bench.hub, config, bench.split, [])
-        return
-    if not root.exists():
+    """The records of every config, in order; a file that holds them all is read once."""
+    if root is not None and not root.exists():
         raise FileNotFoundError(f"--data-root {root}: no such folder or file")
-    folders = [root] if root.is_file() else [root / name, root / bench.hub.split("/")[1], root / bench.hub, root]
-    folders += [root / f"{name}.{kind}" for kind in ("jsonl", "json", "parquet")]
-    for folder in folders:
-        if folder.is_file():
-            yield from file_records(folder, root)
-            return
-        if files := local_files(folder, bench, config):
-            for file in files:
-                yield from file_records(file, folder)
-            return
-        if (folder / "README.md").is_file() and folder != root or _has_configs(folder):
+    read = set()
+    for config in bench.configs:
+        if root is None:
+            yield from loader_records(bench.hub, config, bench.split, [])
+            continue
+        folder, files = located(name, bench, config, root)
+        if not files:
             yield from loader_records(str(folder), config, bench.split, _bases(folder, folder))
-            return
+        for file in (file for file in files if file not in read):
+            read.add(file)
+            yield from file_records(file, folder)
+
+
+def located(name: str, bench: Benchmark, config: str | None, root: Path) -> tuple[Path, list[Path]]:
+    """(folder, its record files), or (folder, []) for a clone whose README.md names them. FileNotFoundError if neither."""
+    if root.is_file():
+        return root.parent, [root]
+    for folder in (root / name, root / bench.hub.split("/")[1], root / bench.hub, root):
+        if files := local_files(folder, bench, config):
+            return folder, files
+        if _has_configs(folder) or folder != root and (folder / "README.md").is_file():
+            return folder, []
+    for kind in ("jsonl", "json", "parquet"):
+        if (root / f"{name}.{kind}").is_file():
+            return root, [root / f"{name}.{kind}"]
     cure = f"clone {bench.hub} into {root / name}, or give {name}.jsonl"
     raise FileNotFoundError(f"--data-root {root}: no {name} there: {cure}")
-
-
-def _has_configs(folder: Path) -> bool:
-    readme = folder / "README.md"
-    return readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def local_files(folder: Path, bench: Benchmark, config: str | None) -> list[Path]:
@@ -375,7 +374,12 @@ def local_files(folder: Path, bench: Benchmark, config: str | None) -> list[Path
     return []
 
 
-def file_records(file: Path, root: Path) -> Records:
+def _has_configs(folder: Path) -> bool:
+    readme = folder / "README.md"
+    return readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def file_records(file: Path, folder: Path) -> Records:
     if file.suffix == ".json":
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, list):
@@ -386,7 +390,7 @@ def file_records(file: Path, root: Path) -> Records:
     else:
         raise ValueError(f"{file}: unknown kind of file: give .parquet, .jsonl or .json")
     for place, number, record in records:
-        yield f"{place}, row {number}", record, _bases(file.parent, root)
+        yield f"{place}, row {number}", record, _bases(file.parent, folder)
 
 
 def loader_records(source: str, config: str | None, split: str, bases: list[Path]) -> Records:
@@ -409,7 +413,6 @@ def loader_records(source: str, config: str | None, split: str, bases: list[Path
 
 def _bases(folder: Path, root: Path) -> list[Path]:
     """Where a record's media may lie: beside its file, above it, or in the usual folders of a clone."""
-    root = root if root.is_dir() else root.parent
     usual = (root / name for name in ("images", "videos", "video", "data"))
     return list(dict.fromkeys([folder, folder.parent, root, *usual]))
 
@@ -437,11 +440,6 @@ def video_frames(video: str, bases: list[Path], frames: int) -> tuple[list[str],
     return [], {"video": str(next((place for place in places if place.is_file()), places[0]))}
 
 
-def main() -> None:
-    """python -m data.benchmarks: the table."""
-    print("\n".join(listing()))
-
-
 def listing() -> list[str]:
     """One line a benchmark: name, what it shows, rows, split, hub id with configs."""
     lines = [f"{'name':20s} {'shows':8s} {'rows':>5s}  {'split':10s} hub id"]
@@ -450,7 +448,3 @@ def listing() -> list[str]:
         configs = f" ({', '.join(c for c in bench.configs if c)})" if bench.configs != (None,) else ""
         lines.append(f"{name:20s} {shows:8s} {bench.size or '?':>5}  {bench.split:10s} {bench.hub}{configs}")
     return lines
-
-
-if __name__ == "__main__":
-    main()

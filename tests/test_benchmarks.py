@@ -178,6 +178,13 @@ def test_hub_tables_without_a_readme_and_the_authors_own_files(tmp_path):
     assert load_benchmark("mindcube", root=str(tmp_path))[0]["size"] == (40, 30)
 
 
+def test_one_file_for_several_configs_is_read_once(tmp_path):
+    lines = [line for config in FIXTURES["tempcompass"].values() for line in config]
+    (tmp_path / "tempcompass.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = load_benchmark("tempcompass", root=str(tmp_path))
+    assert [row["meta"]["format"] for row in rows] == ["multi-choice", "yes_no", "yes_no", *["caption_matching"] * 2]
+
+
 def test_videos_are_frames_a_path_or_missing(tmp_path):
     folder = write("vsi-bench", "test", tmp_path / "vsi-bench")
     row = load_benchmark("vsi-bench", root=str(tmp_path), limit=1, frames=3)[0]
@@ -255,11 +262,12 @@ def test_every_real_question_is_read(name, file):
 def test_every_real_question_of_tempcompass_and_hallusionbench_is_read():
     for config, file in (("multi-choice", "TempCompass_multi-choice.json.gz"), ("yes_no", "TempCompass_yes_no.json.gz")):
         videos = json.loads(gzip.decompress((REAL / "benchmark_qa" / file).read_bytes()))
-        items = [{"video_id": video, "dim": dim, "config": config, **q}
+        items = [{"video_id": video, "dim": dim, **q}
                  for video, dims in videos.items() for dim, qs in dims.items() for q in qs]  # fmt: skip
         for n, item in enumerate(items):
             row = bench_row("tempcompass", BENCHMARKS["tempcompass"], item, n, [], 8)
             assert row["kind"] == {"multi-choice": "choice", "yes_no": "yes_no"}[config], item
+            assert row["meta"]["format"] == config
             assert all(grade(row, text)["correct"] == 1 for text in dresses(row)), row
     items = json.loads((REAL / "benchmark_qa" / "HallusionBench.json").read_text())
     rows = [bench_row("hallusionbench", BENCHMARKS["hallusionbench"], item, n, [], 8) for n, item in enumerate(items)]

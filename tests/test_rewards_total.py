@@ -166,7 +166,7 @@ def test_gold_itself_earns_everything_in_any_order(some_boxes, pairs, rng):
         assert got["total"] == pytest.approx(1.0, abs=1e-3), mode
     found = R.scene_metrics(text.format(json.dumps(shuffled)), gold, (640, 640))
     ciou = found.pop("ciou")
-    assert found == {"iou": 1.0, "object_f1": 1.0, "relation_f1": 1.0} and ciou == pytest.approx(1.0, abs=1e-4)
+    assert found == {"iou": 1.0, "object_f1": 1.0, "relation_f1": 1.0} and ciou == pytest.approx(1.0, abs=1e-3)
 
 
 @settings(max_examples=300, deadline=None)
