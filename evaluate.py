@@ -324,9 +324,9 @@ def answer_one(cfg: Config) -> None:
     if cfg.box_frame == "resized":
         row = to_resized_frame(row, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, factor=FACTOR)
     cfg = with_worded_style(replace(cfg, dataset=cfg.image), [row])
-    [[(_, _, reply)]] = open_provider(cfg, 1)(cfg, [row], cfg.seed, set())
-    if "skipped" in reply:
-        raise ValueError(reply["skipped"])
+    [(_, _, reply)] = next(open_provider(cfg, 1)(cfg, [row], cfg.seed, set()))
+    if why := reply.get("skipped") or reply.get("failed"):
+        raise ValueError(why)
     text, scene = reply["text"], extract_scene(reply["text"])
     found = scene.get("objects")
     objects = [item for item in found if is_valid_object(item)] if isinstance(found, list) else []

@@ -165,6 +165,15 @@ def test_local_samples_too(rows, tmp_path):
     assert file.read_bytes() == whole
 
 
+def test_a_served_model_answers_one_picture(server, rows, tmp_path, capsys):
+    about = {"image": str(tmp_path / "p0.png"), "question": "Where?", "options": ("left", "right")}
+    evaluate.main(served(server, **about, out=str(tmp_path / "one")))
+    assert "answer: (B) right" in capsys.readouterr().out and (tmp_path / "one" / "answer.png").is_file()
+    server.plan = {build_prompt({"question": "Why?", "options": [], "style": None, "id": "x"}, "short"): [status(400, "no")]}
+    with pytest.raises(ValueError, match="400"):
+        evaluate.main(served(server, image=about["image"], question="Why?", out=str(tmp_path / "two")))
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_nothing_is_lost_or_asked_twice(server, rows, tmp_path, monkeypatch):
     """The command line, killed outright again and again; what stands in the file was asked once."""
