@@ -914,14 +914,15 @@ def spacer_number(text: str) -> float | None:
     """SpaceR's reader of numbers (2.3): the first of its number words, in the order of its table and anywhere in the
     text, 'a' and 'an' among them; else the first digits, without sign, comma or exponent."""
     text = text.strip().lower()
-    for word in SPACER_WORDS:
-        if re.search(rf"\b{word}\b", text):
-            return float(SPACER_WORDS[word])
+    words = set(SPACER_WORD.findall(text))
+    if words:
+        return float(next(value for word, value in SPACER_WORDS.items() if word in words))
     found = re.search(r"\d+(?:\.\d+)?", text)
     return float(found.group()) if found else None
 
 
 SPACER_WORDS = {word: NUMBER_WORDS[word] for word in [*ONES[1:], *TENS, "zero"]} | {"a": 1, "an": 1}
+SPACER_WORD = re.compile(rf"\b(?:{'|'.join(SPACER_WORDS)})\b")
 
 
 def _published_vsi(row: dict, text: str) -> tuple[bool | float, str | None]:

@@ -155,6 +155,15 @@ def test_yes_no(text, right, answer):
     assert R.grade(row("yes_no", "yes"), text) == {"correct": right, "answer": answer}
 
 
+@pytest.mark.parametrize("text, number", [
+    ("a table and 7 chairs", 1), ("ninety or two", 2), ("zero, an apple", 0), ("Twenty-one", 1), ("2.5 m", 2.5), ("-3", 3),
+    ("1,200", 1), (".5", 5), ("none", None), ("", None),
+])  # fmt: skip
+def test_spacers_reader_of_numbers_with_its_quirks(text, number):
+    """Spec 2.3 and 2.6: the first word of its table wins, wherever it stands."""
+    assert R.spacer_number(text) == number
+
+
 def test_letters_up_to_f_and_beyond():
     options = [f"thing {n}" for n in "pqrstu"]
     for i, option in enumerate(options):
