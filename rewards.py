@@ -443,7 +443,8 @@ def vanilla_reward(
     response: str, gold: str, *, scene: bool = False, mode: str = "upstream", options: tuple[str, ...] = ()
 ) -> dict[str, float]:
     """Vanilla GRPO's reward: 0.5 accuracy + 0.5 format, without a gate (2.3); scene=True: four blocks in order, and
-    nothing at all without them (2.4). options: as in spatialthinker_reward(). Upstream accuracy is grade_math() resp. equality of the answer blocks.
+    nothing at all without them (2.4). options: as in spatialthinker_reward(). Upstream accuracy is grade_math() resp.
+    equality of the answer blocks.
     Returns total, format, accuracy. Raises ValueError for an unknown mode."""
     corrected = _is_corrected(mode)
     formed = _are_blocks(_mend_blocks(response) if corrected else response, TAGS if scene else ("think", "answer"))
