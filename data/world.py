@@ -1,0 +1,514 @@
+"""The three-dimensional world: things on a floor, in metres, placed so that a question's answer holds, and their facts.
+
+Axes as in data/solids.py. A thing's own axes: x to its right, y to its front, z up; its place is the middle of its
+underside. Left, right, in front of and behind are the viewer's, except where a question says "from its own point of
+view". Two rules of data/scenes.py hold here too: near ties are not asked, and one seed gives one picture.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from math import cos, radians, sin, sqrt
+
+from data.drawing import COLOURS, Draw
+from data.solids import Rendered, Solid, Vector, View, look, project, render, visible_box
+
+SIMPLE = ("cube", "sphere", "cylinder", "cone")
+FURNITURE = {  # width, depth, height in cm, lowest and highest
+    "chair": ((44, 60), (44, 58), (80, 110)),
+    "table": ((80, 150), (65, 100), (55, 85)),
+    "lamp": ((34, 60), (34, 60), (100, 175)),
+    "shelf": ((60, 120), (28, 45), (90, 180)),
+    "sofa": ((130, 210), (75, 100), (65, 95)),
+    "bed": ((90, 170), (180, 220), (60, 95)),
+}
+FACED = ("chair", "sofa")  # one can see which way these are turned
+CARRIER = {"table": 1.0, "cube": 1.0, "bed": 0.55}  # the share of its height at which a thing can stand on it
+TURNS = [(round(cos(radians(15 * i)), 9), round(sin(radians(15 * i)), 9)) for i in range(24)]
+SURFACES = [(196, 216, 236), (190, 186, 178), (236, 234, 228), (214, 206, 192), (226, 220, 208)]
+
+# Knobs of the levels. Lengths in centimetres; angles and ratios in percent; "seen" is the least visible share of a
+# thing that is asked about, "glimpse" of any other; "trap" the share of the questions (where there is such a shortcut)
+# that a reader of flat boxes would get wrong.
+_ROOM = {
+    "width": 448, "height": 448, "objects": [4, 7], "solids": list(SIMPLE), "furniture": list(FURNITURE),
+    "colours": ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"],
+    "side": [40, 80], "small": [20, 36],           # of a cube; on the floor, on a table
+    "margin": 30, "size_margin": 20, "least": 12,  # cm between candidates; percent of size; pixels of a box's sides
+    "noise": 6, "tint": 8, "grid": 2, "grid_margin": 20, "count_max": 5, "seen": 60, "glimpse": 35, "trap": 50,
+    "room": [480, 780], "camera": [165, 235], "drop": [34, 50], "focal": [78, 95],
+    "options": {"relation": [3, 4], "size": [2, 4], "count": [4, 4], "existence": [2, 2], "instance_location": [4, 4],
+                "depth": [2, 4], "distance": [3, 4], "orientation": [3, 4], "reach": [3, 4]},
+    "mix": {"relation": 48, "reach": 7, "existence": 7, "depth": 7, "instance_location": 7, "size": 6, "distance": 6,
+            "orientation": 6, "count": 6},
+}  # fmt: skip
+WORLDS: dict[str, dict] = {
+    "plane": _ROOM | {
+        "width": 112, "height": 112, "objects": [3, 5], "furniture": ["chair", "table"], "side": [50, 95],
+        "small": [26, 42], "margin": 45, "size_margin": 25, "least": 7, "noise": 4, "grid_margin": 5,
+        "count_max": 4, "seen": 70, "room": [0, 0], "camera": [170, 260],
+    },
+    "room": _ROOM,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """x, y: metres, z: of its underside; turn: 15-degree steps anticlockwise; w, d, h: metres; on: the thing below it."""
+
+    name: str  # "red chair"
+    x: float
+    y: float
+    z: float
+    turn: int
+    w: float
+    d: float
+    h: float
+    on: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.name.split()[1]
+
+    @property
+    def colour(self) -> str:
+        return self.name.split()[0]
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """room: (x1, y1, x2, y2, height) in metres, None for a plane. light: unit vector towards it."""
+
+    view: View
+    room: tuple | None
+    light: Vector
+    things: list[Thing]
+
+
+# ---- what a thing is made of -----------------------------------------------------------------------------------------
+
+
+def _parts(kind: str, w: float, d: float, h: float) -> list[tuple]:
+    """(shape, x, y, z, a, b, half height, brightness) of each part, in the thing's own axes, z from its underside."""
+    leg = 0.035
+
+    def legs(height: float) -> list[tuple]:
+        return [("box", i * (w / 2 - leg), j * (d / 2 - leg), height / 2, leg, leg, height / 2, 0.72)
+                for i in (-1, 1) for j in (-1, 1)]  # fmt: skip
+
+    def block(x1, x2, y1, y2, z1, z2, brightness=1.0):  # in shares of the extents
+        return ("box", (x1 + x2) / 2 * w, (y1 + y2) / 2 * d, (z1 + z2) / 2 * h,
+                (x2 - x1) / 2 * w, (y2 - y1) / 2 * d, (z2 - z1) / 2 * h, brightness)  # fmt: skip
+
+    match kind:
+        case "cube":
+            return [block(-0.5, 0.5, -0.5, 0.5, 0, 1)]
+        case "sphere":
+            return [("ball", 0, 0, h / 2, w / 2, w / 2, h / 2, 1.0)]
+        case "cylinder":
+            return [("round", 0, 0, h / 2, w / 2, w / 2, h / 2, 1.0)]
+        case "cone":
+            return [("round", 0, 0, h / 2, w / 2, 0.0, h / 2, 1.0)]
+        case "table":
+            return [block(-0.5, 0.5, -0.5, 0.5, 0.9, 1), *legs(0.9 * h)]
+        case "chair":
+            return [block(-0.5, 0.5, -0.5, 0.5, 0.44, 0.5), block(-0.5, 0.5, -0.5, -0.38, 0.5, 1, 0.9), *legs(0.44 * h)]
+        case "lamp":
+            return [("round", 0, 0, 0.015, w / 2.6, w / 2.6, 0.015, 0.7), ("round", 0, 0, 0.4 * h, 0.025, 0.025, 0.4 * h, 0.6),
+                    ("round", 0, 0, 0.86 * h, w / 2, w / 3.6, 0.14 * h, 1.0)]  # fmt: skip
+        case "shelf":
+            boards = [block(-0.45, 0.45, -0.4, 0.5, z, z + 0.04, 0.95) for z in (0.03, 0.34, 0.65)]
+            return [block(-0.5, -0.45, -0.5, 0.5, 0, 1), block(0.45, 0.5, -0.5, 0.5, 0, 1),
+                    block(-0.5, 0.5, -0.5, 0.5, 0.96, 1), block(-0.45, 0.45, -0.5, -0.4, 0, 0.96, 0.6), *boards]  # fmt: skip
+        case "sofa":
+            return [block(-0.4, 0.4, -0.3, 0.5, 0, 0.5, 0.92), block(-0.5, 0.5, -0.5, -0.3, 0, 1),
+                    block(-0.5, -0.4, -0.3, 0.5, 0, 0.7), block(0.4, 0.5, -0.3, 0.5, 0, 0.7)]  # fmt: skip
+        case "bed":  # its head is at the back
+            return [block(-0.5, 0.5, -0.46, 0.5, 0, 0.45, 0.75), block(-0.5, 0.5, -0.46, 0.5, 0.45, 0.55),
+                    block(-0.5, 0.5, -0.5, -0.46, 0, 1, 0.8)]  # fmt: skip
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def solids(thing: Thing, colour: tuple[int, int, int]) -> list[Solid]:
+    c, s = TURNS[thing.turn]
+    return [
+        Solid(shape, thing.x + c * x - s * y, thing.y + s * x + c * y, thing.z + z, a, b, half, (c, s),
+              tuple(int(channel * bright) for channel in colour))
+        for shape, x, y, z, a, b, half, bright in _parts(thing.kind, thing.w, thing.d, thing.h)
+    ]  # fmt: skip
+
+
+# ---- facts, from places and extents alone ----------------------------------------------------------------------------
+
+
+def footprint(thing: Thing, more: float = 0.0) -> list[tuple[float, float]]:
+    """The four corners of what it covers on the floor, anticlockwise, made wider by `more` metres on each side."""
+    c, s = TURNS[thing.turn]
+    a, b = thing.w / 2 + more, thing.d / 2 + more
+    return [(thing.x + c * x - s * y, thing.y + s * x + c * y) for x, y in ((-a, -b), (a, -b), (a, b), (-a, b))]
+
+
+def _split(a: list, b: list) -> bool:
+    """Is there an edge of polygon a with all of polygon b outside?"""
+    for i, (x1, y1) in enumerate(a):
+        x2, y2 = a[(i + 1) % 4]
+        if all((x2 - x1) * (y - y1) - (y2 - y1) * (x - x1) < 0 for x, y in b):
+            return True
+    return False
+
+
+def collide(a: Thing, b: Thing, gap: float = 0.04) -> bool:
+    """Do two things come nearer than about `gap` metres? One that carries the other, or stands over it, does not."""
+    if a.z >= b.z + b.h - 1e-6 or b.z >= a.z + a.h - 1e-6:
+        return False
+    far = (a.w + a.d + b.w + b.d) / 2 + gap  # more than both half diagonals
+    if abs(a.x - b.x) > far or abs(a.y - b.y) > far:
+        return False
+    return not (_split(footprint(a, gap), footprint(b)) or _split(footprint(b), footprint(a, gap)))
+
+
+def distance(a: Thing, b: Thing) -> float:
+    """Metres between the middles of two things on the floor plan."""
+    return sqrt((a.x - b.x) ** 2 + (a.y - b.y) ** 2)
+
+
+def from_camera(view: View, thing: Thing) -> tuple[float, float]:
+    """Metres from the camera to a thing's middle, and half its extent along that line (a bound)."""
+    x, y, z = (thing.x - view.place[0], thing.y - view.place[1], thing.z + thing.h / 2 - view.place[2])
+    return sqrt(x * x + y * y + z * z), sqrt(thing.w**2 + thing.d**2) / 2
+
+
+def offset(view: View, a: Thing, b: Thing) -> tuple[float, float]:
+    """Metres that a lies to the viewer's right of b, and farther away than b, on the floor plan."""
+    x, y, (rx, ry, _) = a.x - b.x, a.y - b.y, view.right
+    return rx * x + ry * y, rx * y - ry * x
+
+
+def direction(view: View, a: Thing, b: Thing, margin: float) -> str | None:
+    """Where a is, mainly, with respect to b, as the viewer sees it; None for a near tie, or where the floor plan and the
+    picture disagree about the side."""
+    right, away = offset(view, a, b)
+    if abs(abs(right) - abs(away)) < margin:
+        return None
+    if abs(right) < abs(away):
+        return "behind" if away > 0 else "in front of"
+    shift = project(view, (a.x, a.y, a.z))[0] - project(view, (b.x, b.y, b.z))[0]
+    return ("right of" if right > 0 else "left of") if shift * right > 0 else None
+
+
+def own_side(a: Thing, b: Thing, margin: float) -> str | None:
+    """Where a is from b's own point of view: in front of, behind, to the left or to the right of b."""
+    c, s = TURNS[b.turn]
+    right, ahead = c * (a.x - b.x) + s * (a.y - b.y), c * (a.y - b.y) - s * (a.x - b.x)
+    if abs(abs(right) - abs(ahead)) < margin:
+        return None
+    if abs(right) < abs(ahead):
+        return "in front of it" if ahead > 0 else "behind it"
+    return "to its right" if right > 0 else "to its left"
+
+
+def heading(view: View, thing: Thing) -> str | None:
+    """Which way a thing is turned, as the viewer sees it: within about 20 degrees, along the line of sight to it and
+    along the camera's axis alike, else None."""
+    c, s = TURNS[thing.turn]
+    front, ways = (-s, c), []
+    x, y = thing.x - view.place[0], thing.y - view.place[1]
+    n = sqrt(x * x + y * y)
+    for ax, ay in ((x / n, y / n), (-view.right[1], view.right[0])):
+        along, across = front[0] * ax + front[1] * ay, front[0] * ay - front[1] * ax
+        if abs(along) > 0.9:
+            ways.append("away from the camera" if along > 0 else "toward the camera")
+        elif abs(across) > 0.9:
+            ways.append("to the right" if across > 0 else "to the left")
+    return ways[0] if len(ways) == 2 and ways[0] == ways[1] else None
+
+
+def facing(a: Thing, b: Thing) -> str | None:
+    """Is a turned towards b or away from it? None in between."""
+    c, s = TURNS[a.turn]
+    straight = (-s * (b.x - a.x) + c * (b.y - a.y)) / max(distance(a, b), 1e-9)
+    return "facing" if straight > 0.92 else "facing away from" if straight < -0.92 else None
+
+
+def relations(world: World, ids: list[str], margin: float) -> list[dict]:
+    """Every triple of two things that geometry decides, in the words of the canonical table (spec 3.3)."""
+    found = []
+    for i, a in enumerate(world.things):
+        for j, b in enumerate(world.things):
+            if i == j:
+                continue
+            over = a.z - b.z - b.h  # metres of air between a and the top of b
+            words = [direction(world.view, a, b, margin)] if i not in (b.on,) and a.on != j else []
+            words += ["on top of"] if a.on == j else ["above"] if a.on is not None and over > 0 and inside(a, b) else []
+            words += ["under"] if b.kind == "table" and a.on is None and inside(a, b) else []
+            words += [facing(a, b)] if a.kind in FACED and a.on != j else []
+            words += [nearness(a, b)]
+            words += ["taller"] if a.h > b.h * 1.2 else ["shorter"] if b.h > a.h * 1.2 else []
+            if a.kind == b.kind:
+                words += ["bigger"] if min(a.w / b.w, a.d / b.d, a.h / b.h) > 1.15 else []
+                words += ["smaller"] if max(a.w / b.w, a.d / b.d, a.h / b.h) < 1 / 1.15 else []
+            if a.kind in FACED and b.kind in FACED and (a.turn - b.turn) % 6 == 0:
+                words.append("parallel to" if (a.turn - b.turn) % 12 == 0 else "perpendicular to")
+            found += [{"subject": ids[i], "predicate": word, "object": ids[j]} for word in words if word]
+    return found
+
+
+def nearness(a: Thing, b: Thing) -> str | None:
+    """By the air between the circles around two things on the floor: under 25 cm, or over two metres."""
+    air = distance(a, b) - (sqrt(a.w**2 + a.d**2) + sqrt(b.w**2 + b.d**2)) / 2
+    if a.on is not None or b.on is not None or inside(a, b) or inside(b, a):
+        return None
+    return "next to" if air < 0.25 else "far from" if air > 2 else None
+
+
+def inside(a: Thing, b: Thing) -> bool:
+    """Is the middle of a over or under the footprint of b?"""
+    c, s = TURNS[b.turn]
+    x, y = c * (a.x - b.x) + s * (a.y - b.y), c * (a.y - b.y) - s * (a.x - b.x)
+    return abs(x) < b.w / 2 and abs(y) < b.d / 2
+
+
+def between(x: Thing, a: Thing, b: Thing) -> bool | None:
+    """Is x between a and b on the floor plan? None for a near tie."""
+    ux, uy, n = b.x - a.x, b.y - a.y, max(distance(a, b), 1e-9)
+    along = ((x.x - a.x) * ux + (x.y - a.y) * uy) / (n * n)
+    beside = abs((x.x - a.x) * uy - (x.y - a.y) * ux) / n
+    if 0.25 < along < 0.75 and beside < 0.15 * n:
+        return True
+    return False if not -0.1 < along < 1.1 or beside > 0.5 * n else None
+
+
+# ---- making and placing ----------------------------------------------------------------------------------------------
+
+
+def stage(draw: Draw, k: dict) -> World:
+    """An empty world: camera, room and light."""
+    x, y = draw.below(1000) / 1000, draw.below(1000) / 1000
+    lean = draw.between(-300, 300)
+    ahead = (lean / 1000, 1.0)
+    height, drop = draw.between(*k["camera"]) / 100, draw.between(*k["drop"]) / 100
+    focal = draw.between(*k["focal"]) / 100 * k["width"]
+    room = None
+    if k["room"][1]:
+        wide, deep = draw.between(*k["room"]) / 100, draw.between(*k["room"]) / 100
+        # The camera stands at the near wall, on the side from which its leaning view crosses the room.
+        left = wide * (0.5 + 0.8 * lean / 1000) * (0.85 + draw.below(300) / 1000)
+        room = (x - left, y - 0.3, x - left + wide, y - 0.3 + deep, 2.6)
+    lx, ly = draw.pick([-1, 1]) * draw.between(350, 650) / 1000, -draw.between(100, 450) / 1000
+    n = sqrt(lx * lx + ly * ly + 1)
+    view = look((x, y, height), ahead, drop, focal, k["width"], k["height"])
+    return World(view, room, (lx / n, ly / n, 1 / n), [])
+
+
+def extents(draw: Draw, kind: str, k: dict, small: bool) -> tuple[float, float, float]:
+    if kind in FURNITURE:
+        w, d, h = (draw.between(*limits) / 100 for limits in FURNITURE[kind])
+        return (w, w, h) if kind == "lamp" else (w, d, h)
+    side = draw.between(*k["small" if small else "side"]) / 100
+    return side, side, side if kind in ("cube", "sphere") else 1.2 * side
+
+
+def _beside(draw: Draw, world: World, hint: tuple | None) -> tuple[float, float]:
+    """A place on the floor: where the hint says, or anywhere before the camera. Hints are wishes: the answer is checked
+    afterwards, on the facts."""
+    view, things = world.view, world.things
+    rx, ry, _ = view.right
+    how, which = (hint[0], things[hint[1]]) if hint else ("anywhere", None)
+    if how == "between":
+        other, part = things[hint[2]], draw.between(350, 650) / 1000
+        x, y = which.x + part * (other.x - which.x), which.y + part * (other.y - which.y)
+        return x + draw.between(-150, 150) / 1000, y + draw.between(-150, 150) / 1000
+    if how == "anywhere":
+        far = 7500 if world.room is None else min(7500, int(1000 * (world.room[3] - view.place[1])))
+        away = draw.between(1800, far) / 1000
+        right = draw.between(-1000, 1000) / 1000 * 0.5 * away * view.width / view.focal
+        return view.place[0] + right * rx - away * ry, view.place[1] + right * ry + away * rx
+    if how == "metres":
+        c, s = TURNS[draw.below(24)]
+        return which.x + hint[2] * c, which.y + hint[2] * s
+    if how == "beyond":
+        other, part = things[hint[2]], draw.between(500, 1400) / 1000
+        return which.x + part * (which.x - other.x), which.y + part * (which.y - other.y)
+    if how == "near":
+        return which.x + draw.between(-1000, 1000) / 1000, which.y + draw.between(-1000, 1000) / 1000
+    step, slip = draw.between(700, 3000) / 1000, draw.between(-500, 500) / 1000
+    right, away = {"right of": (step, slip * step), "left of": (-step, slip * step), "behind": (slip * step, step),
+                   "in front of": (slip * step, -step)}[how]  # fmt: skip
+    return which.x + right * rx - away * ry, which.y + right * ry + away * rx
+
+
+def make(draw: Draw, world: World, name: str, hint: tuple | None, small: bool, k: dict) -> Thing:
+    """One thing, drawn as the hint wishes: ("on", i), ("under", i), ("left of", i), ... (see _beside), or None."""
+    w, d, h = extents(draw, name.split()[1], k, small)
+    turn = draw.below(24)
+    if hint is None or hint[0] not in ("on", "under"):
+        return Thing(name, *_beside(draw, world, hint), 0.0, turn, w, d, h)
+    host = world.things[hint[1]]
+    c, s = TURNS[host.turn]
+    x = draw.between(-1000, 1000) / 1000 * max(host.w / 2 - 0.75 * w, 0)
+    y = draw.between(-1000, 1000) / 1000 * max(host.d / 2 - 0.75 * d, 0)
+    z, on = (CARRIER[host.kind] * host.h, hint[1]) if hint[0] == "on" else (0.0, None)
+    return Thing(name, host.x + c * x - s * y, host.y + s * x + c * y, z, turn, w, d, h, on)
+
+
+def box_of(view: View, thing: Thing) -> tuple[int, int, int, int] | None:
+    """The rectangle of the picture around a thing's upright box; None unless it is wholly in the picture."""
+    spots = [project(view, (x, y, z)) for x, y in footprint(thing) for z in (thing.z, thing.z + thing.h)]
+    us, vs = [spot[0] for spot in spots], [spot[1] for spot in spots]
+    if min(spot[2] for spot in spots) < 0.5 or min(us) < 1 or min(vs) < 1:
+        return None
+    if max(us) > view.width - 1 or max(vs) > view.height - 1:
+        return None
+    return int(min(us)), int(min(vs)), int(max(us)) + 1, int(max(vs)) + 1
+
+
+def fits(world: World, thing: Thing, ignore: set, boxes: list, k: dict) -> tuple | None:
+    """The thing's rectangle if it may stand there: in the room, in the picture, touching nothing, hiding little."""
+    if world.room is not None:
+        x1, y1, x2, y2, _ = world.room
+        if not all(x1 + 0.03 < x < x2 - 0.03 and y1 + 0.03 < y < y2 - 0.03 for x, y in footprint(thing)):
+            return None
+    box = box_of(world.view, thing)
+    if box is None or min(box[2] - box[0], box[3] - box[1]) < k["least"]:
+        return None
+    for i, (other, theirs) in enumerate(zip(world.things, boxes, strict=True)):
+        if i not in ignore and i != thing.on:
+            if collide(thing, other):
+                return None
+            x, y = min(box[2], theirs[2]) - max(box[0], theirs[0]), min(box[3], theirs[3]) - max(box[1], theirs[1])
+            least = min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, theirs))
+            if x > 0 and y > 0 and 100 * x * y > (100 - k["glimpse"]) * least:
+                return None
+    return box
+
+
+def draw_world(world: World, k: dict, draw: Draw | None = None) -> Rendered:
+    """The picture. draw: for tints and noise; None draws none of either."""
+    tints = [[draw.between(-k["tint"], k["tint"]) for _ in range(3)] if draw else (0, 0, 0) for _ in world.things]
+    bodies = [
+        solids(thing, tuple(min(255, max(0, c + t)) for c, t in zip(COLOURS[thing.colour], tint, strict=True)))
+        for thing, tint in zip(world.things, tints, strict=True)
+    ]
+    tops = [thing.z + CARRIER.get(thing.kind, 1.0) * thing.h for thing in world.things]
+    noise = draw.noise(world.view.height, world.view.width, k["noise"]) if draw and k["noise"] else None
+    return render(world.view, bodies, [thing.on for thing in world.things], tops, room=world.room, light=world.light,
+                  surfaces=SURFACES, noise=noise)  # fmt: skip
+
+
+# ---- a world for a question ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """A world as its picture shows it: boxes of the visible part, ids numbered from left to right, visible shares."""
+
+    world: World
+    picture: Rendered
+    boxes: list[tuple[int, int, int, int]]
+    ids: list[str]
+    shares: list[float]
+
+
+def _cast(draw: Draw, quiz, trapped: bool, k: dict) -> tuple[World, list] | None:
+    world, boxes = stage(draw, k), []
+    for i, (name, hint, small) in enumerate(quiz.cast):
+        for _ in range(25):
+            thing = make(draw, world, name, hint, small, k)
+            box = fits(world, thing, {hint[1]} if hint and hint[0] == "under" else set(), boxes, k)
+            if box is not None:
+                world.things.append(thing)
+                boxes.append(box)
+                break
+        else:
+            return None
+        if i + 1 == quiz.asked:
+            if quiz.answer(world, boxes) != quiz.gold:
+                return None
+            if trapped and quiz.lure is not None and quiz.lure(world, boxes) == quiz.gold:
+                return None
+    return world, boxes
+
+
+def shoot(world: World, quiz, gold: str, paint: int, k: dict) -> Shot | None:
+    """The picture, if it shows enough of everything and the answer still holds for the boxes of what is visible."""
+    picture = draw_world(world, k, Draw(paint))
+    shares = [seen / max(whole, 1) for seen, whole in zip(picture.seen, picture.whole, strict=True)]
+    if any(100 * share < k["seen" if i < quiz.asked else "glimpse"] for i, share in enumerate(shares)):
+        return None
+    boxes = [visible_box(picture.owner, i) for i in range(len(world.things))]
+    if any(min(x2 - x1, y2 - y1) < k["least"] - 2 for x1, y1, x2, y2 in boxes) or quiz.answer(world, boxes) != gold:
+        return None
+    ids: dict[int, str] = {}
+    for i in sorted(range(len(boxes)), key=lambda i: boxes[i]):
+        number = 1 + sum(world.things[j].name == world.things[i].name for j in ids)
+        ids[i] = f"{world.things[i].name.replace(' ', '_')}.{number}"
+    return Shot(world, picture, boxes, [ids[i] for i in range(len(boxes))], shares)
+
+
+def scene_for(draw: Draw, quiz, k: dict, other: str | None = None) -> list[Shot]:
+    """[a shot for which quiz.gold holds], or with its twin, one single edit away, for which `other` holds.
+
+    The question, its options and both answers stay as they were drawn, however many worlds it takes: a choice that
+    depended on what is easy to place would be a hint. A trap is given up after 300 worlds (it
+    is no part of the text); ValueError after 6,000.
+    """
+    trapped = draw.below(100) < k["trap"]
+    for attempt in range(6000):
+        placed = _cast(draw, quiz, trapped and attempt < 300, k)
+        if placed is None:
+            continue
+        paint = draw.below(2**60)
+        first = shoot(placed[0], quiz, quiz.gold, paint, k)
+        if first is None:
+            continue
+        if other is None:
+            return [first]
+        second = _twin(draw, first, quiz, other, paint, k)
+        if second is not None:
+            return [first, second]
+    raise ValueError(f"knobs leave no room for a {quiz.task} question ({quiz.question}): fewer objects, or smaller margins")
+
+
+def _twin(draw: Draw, first: Shot, quiz, other: str, paint: int, k: dict) -> Shot | None:
+    world = first.world
+    for _ in range(40):
+        i, how, hint = draw.pick(quiz.edits(other))
+        old = world.things[i]
+        if any(thing.on == i for thing in world.things):
+            continue
+        new = make(draw, world, how.removeprefix("rename ") if how.startswith("rename") else old.name, hint, True, k)
+        if how == "move":
+            new = replace(new, turn=old.turn, w=old.w, d=old.d, h=old.h)
+        elif how == "turn":
+            new = replace(old, turn=new.turn)
+        elif how == "resize":
+            new = replace(old, w=new.w, d=new.d, h=new.h)
+        else:
+            new = replace(new, x=old.x, y=old.y, z=old.z, on=old.on)
+        things, boxes = [*world.things], [*first.boxes]
+        things[i] = new
+        ignore = {i, hint[1]} if hint and hint[0] == "under" else {i}
+        box = fits(world, new, ignore, boxes, k)
+        if box is None:
+            continue
+        boxes[i] = box
+        edited = replace(world, things=things)
+        if quiz.answer(edited, boxes) == other:
+            second = shoot(edited, quiz, other, paint, k)
+            if second is not None:
+                return second
+    return None
+
+
+def describe(shot: Shot) -> dict:
+    """The world as JSON: camera, room, light and every thing (metres, degrees) with its box and visible share. The
+    depth is that of the thing's middle along the optical axis."""
+    things = []
+    for thing, name, box, share in zip(shot.world.things, shot.ids, shot.boxes, shot.shares, strict=True):
+        depth = project(shot.world.view, (thing.x, thing.y, thing.z + thing.h / 2))[2]
+        things.append({
+            "id": name, "kind": thing.kind, "colour": thing.colour, "place": [thing.x, thing.y, thing.z],
+            "extent": [thing.w, thing.d, thing.h], "degrees": 15 * thing.turn, "on": thing.on, "bbox": list(box),
+            "visible": round(share, 4), "depth": depth,
+        })  # fmt: skip
+    room = None if shot.world.room is None else list(shot.world.room)
+    camera = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(shot.world.view).items()}
+    return {"camera": camera, "room": room, "light": list(shot.world.light), "things": things}
