@@ -33,7 +33,7 @@ SIDES = ("left of", "right of", "in front of", "behind")
 HEADINGS = ("toward the camera", "away from the camera", "to the left", "to the right")
 OWN_SIDES = ("in front of it", "behind it", "to its left", "to its right")
 TILE = "A floor tile is one metre wide."
-WIDE = ("bed", "sofa", "table")  # so wide that "closest" would depend on where it is measured
+WIDE = ("bed", "sofa", "table")  # so wide that "closest", or a part of the picture, would be unclear
 COMPACT = (*SIMPLE, "chair", "lamp")  # small enough for one metre from middle to middle
 
 Edit = tuple[int, str, tuple | None]  # which thing; "move", "turn", "resize" or "rename blue cone"; hint for a move
@@ -286,8 +286,7 @@ def _exists(draw: Draw, k: dict) -> Quiz:
         return "yes" if any(thing.name == asked for thing in w.things) else "no"
 
     return Quiz("existence", "exists", f"Is there {_a(asked)}?", options, gold, cast, 3, answer, None,
-                lambda to: [(0, f"rename {first[to]}", None)],
-                _these(0, 1))  # fmt: skip
+                lambda to: [(0, f"rename {first[to]}", None)], _these(0, 1))  # fmt: skip
 
 
 def _exists_on(draw: Draw, k: dict) -> Quiz:
@@ -350,7 +349,7 @@ def _depth(draw: Draw, k: dict) -> Quiz:
 
 def _location(draw: Draw, k: dict) -> Quiz:
     options, gold = _choose(draw, k, "instance_location", list(CELLS[k["grid"]]))
-    name = _names(draw, k, 1)[0]
+    name = _names(draw, k, 1, [kind for kind in kinds_of(k) if kind not in WIDE])[0]
     where = (k["width"], k["height"], k["grid"], k["grid_margin"])
     return Quiz("instance_location", f"grid_{k['grid']}", f"In which part of the image is the {name}?", options, gold,
                 _fill(draw, k, [(name, None, False)]), 1, lambda w, boxes: cell(boxes[0], *where), None,

@@ -480,7 +480,8 @@ def _twin(draw: Draw, first: Shot, quiz, other: str, paint: int, k: dict) -> Sho
         elif how == "turn":
             new = replace(old, turn=new.turn)
         elif how == "resize":
-            new = replace(old, w=new.w, d=new.d, h=new.h)
+            scale = draw.between(50, 200) / 100
+            new = replace(old, w=scale * old.w, d=scale * old.d, h=scale * old.h)
         else:
             new = replace(new, x=old.x, y=old.y, z=old.z, on=old.on)
         things, boxes = [*world.things], [*first.boxes]
