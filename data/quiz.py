@@ -9,12 +9,11 @@ where they go), how to find the answer from the facts (None for a near tie), how
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.drawing import CELLS, DIRECTIONS, Draw, cell, centre
+from data.drawing import CELLS, Draw, cell, centre
 from data.questions import plural
 from data.world import (
     CARRIER,
     FACED,
-    FURNITURE,
     SIMPLE,
     World,
     between,
@@ -41,7 +40,7 @@ Edit = tuple[int, str, tuple | None]  # which thing; "move", "turn", "resize" or
 
 @dataclass(frozen=True, slots=True)
 class Quiz:
-    """cast: (name, hint, small) of each thing in the order of placing; hints as data/world.py: make. asked: how many of
+    """cast: (name, hint, small) of each thing in the order of placing; hints as data/staging.py: make. asked: how many of
     the first ones decide the answer. about(answer): the things of the gold scene, the subject first. triple: indices of
     subject and object, where the answer itself is the predicate."""
 
@@ -67,7 +66,9 @@ def kinds_of(k: dict) -> list[str]:
 
 
 def _names(draw: Draw, k: dict, n: int, kinds: list[str] | None = None, without: list[str] = ()) -> list[str]:
-    pool = [f"{colour} {kind}" for colour in k["colours"] for kind in kinds or kinds_of(k)]
+    """n different names. A bed is only asked about where a kind is given: it seldom fits into the picture beside others."""
+    kinds = kinds or [kind for kind in kinds_of(k) if kind != "bed"]
+    pool = [f"{colour} {kind}" for colour in k["colours"] for kind in kinds]
     return draw.sample([name for name in pool if name not in without], n)
 
 
@@ -84,13 +85,15 @@ def _number_of(draw: Draw, k: dict, category: str) -> int:
 def _fill(draw: Draw, k: dict, cast: list, without: list[str] = (), kinds: list[str] | None = None) -> list:
     """The cast and as many others as the scene is to have, each with a name of its own."""
     more = max(0, draw.between(*k["objects"]) - len(cast))
-    names = _names(draw, k, more, kinds, [*without, *(name for name, _, _ in cast)])
+    names = _names(draw, k, more, kinds or kinds_of(k), [*without, *(name for name, _, _ in cast)])
     return [*cast, *((name, None, False) for name in names)]
 
 
 def _listed(question: str, options: list[str], names: list[str]) -> str:
     """Two candidates are named in the question, more stand in the options alone."""
-    return f"{question}, the {names[0]} or the {names[1]}?" if len(options) == 2 else f"{question.replace('Which', 'Which of these')}?"
+    if len(options) == 2:
+        return f"{question}, the {names[0]} or the {names[1]}?"
+    return f"{question.replace('Which', 'Which of these')}?"
 
 
 def _these(*indices: int) -> Callable[[str], list[int]]:
@@ -249,18 +252,17 @@ def _within(draw: Draw, k: dict) -> Quiz:
         sure = all(m < 1.0 - 0.05 or m > 1.35 for m in metres)
         return _one([name for name, m in zip(placed, metres, strict=True) if m < 1]) if sure else None
 
-    def lure(w: World, boxes: list) -> str | None:
-        return _flat_nearest(boxes, 0, {name: 1 + i for i, name in enumerate(placed)})
-
     cast = [(anchor, None, False), (gold, ("near", 0), False), *((name, None, False) for name in placed[1:])]
     question = f"An arm at the {anchor} reaches one metre from the middle. The middle of which of these can it reach? {TILE}"
-    return Quiz("reach", "within", question, options, gold, _fill(draw, k, cast), n + 1, answer, lure,
+    return Quiz("reach", "within", question, options, gold, _fill(draw, k, cast), n + 1, answer,
+                lambda w, boxes: _flat_extreme(boxes, {name: 1 + i for i, name in enumerate(placed)}, 1),
                 lambda to: [(0, "move", ("near", 1 + placed.index(to)))], _these(*range(n + 1)))  # fmt: skip
 
 
-def _flat_nearest(boxes: list, anchor: int, places: dict[str, int]) -> str:
-    x, y = centre(boxes[anchor])
-    return min(places, key=lambda name: (centre(boxes[places[name]])[0] - x) ** 2 + (centre(boxes[places[name]])[1] - y) ** 2)
+def _flat_extreme(boxes: list, places: dict[str, int], sign: int) -> str | None:
+    """Whose box is nearest (sign 1) to the first one in the picture, or farthest (-1)."""
+    (x, y), spots = centre(boxes[0]), {name: centre(boxes[i]) for name, i in places.items()}
+    return _best({name: (u - x) ** 2 + (v - y) ** 2 for name, (u, v) in spots.items()}, 0, sign)
 
 
 def _existence(draw: Draw, k: dict) -> Quiz:
@@ -296,7 +298,8 @@ def _exists_on(draw: Draw, k: dict) -> Quiz:
     kind, decoy = draw.sample([x for x in k["solids"] if x not in CARRIER], 2)
     a, b = draw.pick(k["colours"]), draw.pick(k["colours"])
     where = {"yes": ("on", 0), "no": draw.pick([("on", 1), ("near", 0)])}
-    cast = [(table, None, False), (other, None, False), (f"{b} {decoy}", ("on", 0), True), (f"{a} {kind}", where[gold], True)]
+    cast = [(table, None, False), (other, None, False), (f"{b} {decoy}", ("on", 0), True)]
+    cast.append((f"{a} {kind}", where[gold], True))
 
     def answer(w: World, boxes: list) -> str | None:
         on = w.things[3].on
@@ -336,7 +339,8 @@ def _depth(draw: Draw, k: dict) -> Quiz:
     def answer(w: World, boxes: list) -> str | None:
         metres = {name: from_camera(w.view, thing) for name, thing in zip(names, w.things, strict=False)}
         by_middle = _best({name: far for name, (far, _) in metres.items()}, k["margin"] / 100, sign)
-        return by_middle if by_middle == _best({name: far - half for name, (far, half) in metres.items()}, 0.05, sign) else None
+        by_front = _best({name: far - half for name, (far, half) in metres.items()}, 0.05, sign)
+        return by_middle if by_middle == by_front else None
 
     def lure(w: World, boxes: list) -> str | None:
         return _best({name: -_pixels(box) for name, box in zip(names, boxes, strict=False)}, 0, sign)
@@ -398,14 +402,11 @@ def _nearest_to(draw: Draw, k: dict) -> Quiz:
         by_middle = _best(metres, k["margin"] / 100, sign)
         return by_middle if by_middle == _best(edges, 0, sign) else None
 
-    def lure(w: World, boxes: list) -> str | None:
-        (x, y), spots = centre(boxes[0]), {name: centre(boxes[i]) for name, i in places.items()}
-        return _best({name: (u - x) ** 2 + (v - y) ** 2 for name, (u, v) in spots.items()}, 0, sign)
-
     question = f"Which of these is {'closest to' if near else 'farthest from'} the {anchor}, measured on the floor?"
     cast = [(anchor, None, False), *((name, None, False) for name in placed)]
     return Quiz("distance", "closest_to" if near else "farthest_from", question, options, draw.pick(options),
-                _fill(draw, k, cast), n + 1, answer, lure, lambda to: [(i, "move", None) for i in range(n + 1)],
+                _fill(draw, k, cast), n + 1, answer, lambda w, boxes: _flat_extreme(boxes, places, sign),
+                lambda to: [(i, "move", None) for i in range(n + 1)],
                 _these(*range(n + 1)))  # fmt: skip
 
 
@@ -430,7 +431,8 @@ def _orientation(draw: Draw, k: dict) -> Quiz:
         options, gold = _choose(draw, k, "orientation", HEADINGS)
         question = f"As the camera sees it, which way is the {name} turned?"
         return Quiz("orientation", "heading", question, options, gold, _fill(draw, k, [(name, None, False)]), 1,
-                    lambda w, boxes: heading(w.view, w.things[0]), None, lambda to: [(0, "turn", None)], _these(0))  # fmt: skip
+                    lambda w, boxes: heading(w.view, w.things[0]), None,
+                    lambda to: [(0, "turn", None)], _these(0))  # fmt: skip
     options, gold = _choose(draw, k, "orientation", OWN_SIDES)
     other = _names(draw, k, 1, without=[name])[0]
 

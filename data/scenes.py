@@ -5,7 +5,8 @@
     python -m data.scenes --bench                                                scenes drawn per second
 
 Levels easy, demo, medium and hard are flat: coloured shapes, answers from boxes (this file, data/questions.py,
-data/drawing.py). Levels plane and room are three-dimensional (data/world.py, data/quiz.py, data/solids.py).
+data/drawing.py). Levels plane and room are three-dimensional (data/world.py, data/staging.py,
+data/quiz.py, data/solids.py).
 
 Boxes are [x1, y1, x2, y2] in pixels, x2 and y2 one past the last pixel drawn, so width = x2 - x1. A centre is
 ((x1 + x2) // 2, (y1 + y2) // 2). With these two sentences every flat answer can be recomputed from boxes alone; those
@@ -34,7 +35,8 @@ from data.questions import PLANS, Plan
 from data.quiz import QUIZZES, Quiz, other_answer
 from data.responses import response_text
 from data.rows import write_stvqa
-from data.world import CARRIER, FACED, FURNITURE, SIMPLE, WORLDS, Shot, describe, scene_for
+from data.staging import WORLDS, Shot, describe, scene_for
+from data.world import CARRIER, FACED, FURNITURE, SIMPLE
 
 _DEMO = {
     "width": 112, "height": 112,
