@@ -223,10 +223,11 @@ def _background(rays: _Rays, room: tuple | None) -> tuple[np.ndarray, np.ndarray
         np.copyto(surface, np.where(z < 0, np.int16(FLOOR), np.int16(CEILING)), where=flat)
         tone = np.ones_like(depth)
         np.copyto(tone, np.float32(0.7), where=~flat & (oz + depth * z < np.float32(0.08)))  # skirting board
-    reach = np.minimum(depth, np.float32(FAR))
+    rows = np.s_[int(np.count_nonzero(z >= 0)) :]  # those that look down
+    reach, x, y = np.minimum(depth[rows], np.float32(FAR)), x[rows], y[rows]
     tiles = (ox + reach * x + np.float32(1024)).astype(np.int32) ^ (oy + reach * y + np.float32(1024)).astype(np.int32)
     contrast = np.minimum(np.float32(0.45) / reach, np.float32(0.08))  # far tiles are smaller than a pixel
-    np.copyto(tone, np.float32(1) - contrast * (tiles & 1), where=surface == FLOOR)
+    np.copyto(tone[rows], np.float32(1) - contrast * (tiles & 1), where=surface[rows] == FLOOR)
     return depth, tone, surface
 
 
@@ -317,8 +318,9 @@ def render(
                 lid = (owner == carrier) & (np.abs(level - np.float32(tops[carrier])) < np.float32(2e-3))
                 for solid in solids:
                     _cast_shadow(solid, tops[carrier], rays, depth, lid, dark)
-        np.copyto(tone, tone * np.float32(SHADOW), where=dark)
-    image = np.asarray(colours, dtype=np.float32)[surface] * tone[:, :, None]
+        np.multiply(tone, np.float32(SHADOW), out=tone, where=dark)
+    image = np.take(np.asarray(colours, dtype=np.float32), surface, axis=0)
+    image *= tone[:, :, None]
     if noise is not None:
         image += noise[:, :, None]
     counts = np.bincount(owner.ravel() + 1, minlength=len(things) + 1)[1:]
