@@ -85,14 +85,24 @@ def _observation(row: dict) -> str:
     return " and ".join("the " + o["id"].split(".")[0].replace("_", " ") for o in row["scene"]["objects"])
 
 
+def _clip_response(row: dict, think: str | None) -> str:
+    """Map imagination (spec of SpaceR, 1.1): the map inside the thinking, then the bare letter or number."""
+    text = row["options"]["ABCD".index(row["gold"])] if row["options"] else row["gold"]
+    think = f"<map>{json.dumps(row['map'])}</map>; so {text}" if think is None else think
+    return f"<think>{think}</think>\n<answer>{row['gold']}</answer>"
+
+
 def response_text(row: dict, *, observe: str | None = None, think: str | None = None, letter: str | None = None) -> str:
-    """The whole four-tag response to a procedural row, for a warm start: short text, gold scene, short derivation.
+    """The whole four-tag response to a procedural row, for a warm start: short text, gold scene, short derivation; of a
+    clip, think and answer with the gold map.
 
     The derivation ends with the word it found and, glued to it, the option's letter ("so below(A) "): a small model
     learns the look-up from word to letter far more easily where the two are neighbours. letter: a careless teacher's
     answer, right or wrong; boxes and derivation stay right, the conclusion and the answer follow the letter.
     Raises ValueError if there is no such option.
     """
+    if "video" in row:
+        return _clip_response(row, think)
     letter = letter or row["gold"]
     if letter not in "ABCD"[: len(row["options"])]:
         raise ValueError(f"row {row['id']} has no option {letter!r}: it has {len(row['options'])} options")

@@ -5,8 +5,8 @@
     python -m data.scenes --bench                                                scenes drawn per second
 
 Levels easy, demo, medium and hard are flat: coloured shapes, answers from boxes (this file, data/questions.py,
-data/drawing.py). Levels plane and room are three-dimensional (data/world.py, data/staging.py,
-data/quiz.py, data/solids.py).
+data/drawing.py). Levels plane and room are three-dimensional (data/quiz.py asks, data/staging.py places, data/world.py
+knows the facts, data/solids.py draws); level clip is a walk through a room, as video (data/clips.py).
 
 Boxes are [x1, y1, x2, y2] in pixels, x2 and y2 one past the last pixel drawn, so width = x2 - x1. A centre is
 ((x1 + x2) // 2, (y1 + y2) // 2). With these two sentences every flat answer can be recomputed from boxes alone; those
@@ -23,6 +23,7 @@ Three rules keep the world honest:
 
 import argparse
 import json
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data.clips import ASKS, CLIPS, clip_row
 from data.drawing import CELLS, COLOURS, SHAPES, Box, Draw, all_sides_seen, clear_contact, direction, paint, shared
 from data.questions import PLANS, Plan
 from data.quiz import QUIZZES, Quiz, other_answer
@@ -193,10 +195,10 @@ def _triple(subject: str, predicate: str, other: str) -> dict:
 
 def resolve_knobs(level: str = "demo", knobs: dict | None = None) -> dict:
     """A level's knobs with some replaced. ValueError, one line, for an unknown name or a value that cannot work."""
-    if level in WORLDS:
+    if level in WORLDS or level in CLIPS:
         return _resolve_world(level, knobs or {})
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; known: {', '.join([*LEVELS, *WORLDS])}")
+        raise ValueError(f"unknown level {level!r}; known: {', '.join([*LEVELS, *WORLDS, *CLIPS])}")
     given = knobs or {}
     for name in given:
         if name not in _DEMO:
@@ -229,16 +231,33 @@ def resolve_knobs(level: str = "demo", knobs: dict | None = None) -> dict:
 
 
 def _resolve_world(level: str, given: dict) -> dict:
-    known = WORLDS[level]
+    known, categories = (WORLDS | CLIPS)[level], QUIZZES if level in WORLDS else ASKS
     for name in given:
         if name not in known:
             raise ValueError(f"unknown knob {name!r}; known: {', '.join(known)}")
-        if isinstance(known[name], dict) and not set(given[name]) <= set(QUIZZES):
-            raise ValueError(f"knob {name}={given[name]} names no known category; known: {', '.join(QUIZZES)}")
+        if isinstance(known[name], dict) and not set(given[name]) <= set(categories):
+            raise ValueError(f"knob {name}={given[name]} names no known category; known: {', '.join(categories)}")
     k = json.loads(json.dumps(known | given))
-    k["options"] = known["options"] | k["options"]
-    ranges = ("objects", "side", "small", "room", "camera", "drop", "focal")
-    wrong = [
+    ranges = [name for name, value in known.items() if isinstance(value, list) and isinstance(value[0], int)]
+    if level in CLIPS:
+        wrong = [
+            *((name, not 0 < k[name][0] <= k[name][1]) for name in ranges), ("frames", not 2 <= k["frames"] <= 64),
+            ("kinds", len(set(k["kinds"])) < 6 or not set(k["kinds"]) <= {*SIMPLE, *FURNITURE}),
+            ("colours", not k["colours"] or not set(k["colours"]) <= set(COLOURS)), ("fps", k["fps"] <= 0),
+            ("width", min(k["width"], k["height"]) < 28), ("noise", not 0 <= k["noise"] <= 60),
+            ("mix", sum(k["mix"].values()) < 1 or min(k["mix"].values()) < 0),
+        ]  # fmt: skip
+    else:
+        k["options"] = known["options"] | k["options"]
+        wrong = _wrong_world(k, ranges)
+    for name, bad in wrong:
+        if bad:
+            raise ValueError(f"knob {name}={k[name]} cannot work; level {level} has {name}={known[name]}")
+    return k
+
+
+def _wrong_world(k: dict, ranges: list[str]) -> list[tuple[str, bool]]:
+    return [
         *((name, not 0 <= k[name][0] <= k[name][1]) for name in ranges),
         ("solids", len(set(k["solids"]) - set(CARRIER)) < 2 or not set(k["solids"]) <= set(SIMPLE)),
         ("furniture", "table" not in k["furniture"] or not set(k["furniture"]) & set(FACED)
@@ -251,10 +270,6 @@ def _resolve_world(level: str, given: dict) -> dict:
         ("options", any(not 2 <= low <= high <= 4 for low, high in k["options"].values())),
         ("mix", sum(k["mix"].values()) < 1 or min(k["mix"].values()) < 0),
     ]  # fmt: skip
-    for name, bad in wrong:
-        if bad:
-            raise ValueError(f"knob {name}={k[name]} cannot work; level {level} has {name}={known[name]}")
-    return k
 
 
 def draw_shots(seed: int, knobs: dict, *, twin: bool = False) -> tuple[Quiz, list[str], list[Shot]]:
@@ -316,6 +331,8 @@ def _row(seed: int, level: str, k: dict) -> dict:
     if level in WORLDS:
         quiz, (answer,), (shot,) = draw_shots(seed, k)
         return _world_row(seed, level, k, quiz, answer, shot)
+    if level in CLIPS:
+        return clip_row(seed, level, k)
     scene = draw_scene(seed, k)
     plan = scene.plan
     return {
@@ -354,23 +371,28 @@ def scene_rows(
 
 
 def contact_sheet(rows: list[dict], path: str | Path, *, columns: int = 4) -> None:
-    """Small pictures three times as large, gold boxes outlined, question and options below, the right one with a star."""
+    """Small pictures three times as large, gold boxes outlined, question and options below, the right one with a star;
+    of a clip every fourth frame, half as large."""
     width, height = rows[0]["size"]
-    zoom, text_height = 3 if width < 230 else 1, 120
+    zoom, text_height = 3 if width < 230 and rows[0]["images"] else 1, 120
     tile_w, tile_h = max(zoom * width, 330) + 10, zoom * height + text_height
     sheet = Image.new("RGB", (columns * tile_w, -(-len(rows) // columns) * tile_h), "white")
     pen = ImageDraw.Draw(sheet)
     for n, row in enumerate(rows):
         left, top = n % columns * tile_w, n // columns * tile_h
-        sheet.paste(row["images"][0].resize((zoom * width, zoom * height), Image.Resampling.NEAREST), (left, top))
-        for thing in row["scene"]["objects"]:
+        for i, frame in enumerate(row.get("video", [])[::4]):
+            small = frame.resize((width // 2, height // 2))
+            sheet.paste(small, (left + i % 2 * width // 2, top + i // 2 * height // 2))
+        for picture in row["images"]:
+            sheet.paste(picture.resize((zoom * width, zoom * height), Image.Resampling.NEAREST), (left, top))
+        scene = row["scene"] or {"objects": [], "relationships": []}
+        for thing in scene["objects"]:
             x1, y1, x2, y2 = (zoom * c for c in thing["bbox"])
             pen.rectangle((left + x1 - 1, top + y1 - 1, left + x2, top + y2), outline="black")
-        triples = ["{subject} {predicate} {object}".format(**r) for r in row["scene"]["relationships"]]
+        triples = ["{subject} {predicate} {object}".format(**r) for r in scene["relationships"]]
         options = [f"{'*' if c == row['gold'] else ' '}({c}) {o}" for c, o in zip("ABCD", row["options"], strict=False)]
         think = response_text(row).split("<think>")[1].split("</think>")[0]
-        words = row["question"].split()
-        lines = [" ".join(words[:9]), " ".join(words[9:]), *options, think, *triples]
+        lines = [*textwrap.wrap(row["question"], 56), *options, *textwrap.wrap(think, 56)[:3], *triples]
         pen.multiline_text((left + 4, top + zoom * height + 2), "\n".join(line for line in lines if line), "black")
     sheet.save(path)
 
@@ -389,7 +411,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for train- and val-00000-of-00001.parquet")
     parser.add_argument("--n", type=int, default=1000, help="training rows")
     parser.add_argument("--val", type=int, default=0, help="validation rows")
-    parser.add_argument("--level", default="demo", help=", ".join([*LEVELS, *WORLDS]))
+    parser.add_argument("--level", default="demo", help=", ".join([*LEVELS, *WORLDS, *CLIPS]))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=Path, help="PNG file for a sheet of twelve scenes")
     parser.add_argument("--bench", action="store_true", help="print scenes per second")

@@ -9,7 +9,7 @@ from math import sqrt
 
 from data.drawing import COLOURS, Draw
 from data.solids import Rendered, View, look, project, render, visible_box
-from data.world import CARRIER, FURNITURE, SIMPLE, TURNS, Thing, World, collide, footprint, solids
+from data.world import CARRIER, FURNITURE, SIMPLE, TURNS, Thing, World, collide, footprint, shows_itself, solids
 
 SURFACES = [(196, 216, 236), (190, 186, 178), (236, 234, 228), (214, 206, 192), (226, 220, 208)]
 
@@ -128,6 +128,8 @@ def fits(world: World, thing: Thing, ignore: set, boxes: list, k: dict) -> tuple
         x1, y1, x2, y2, _ = world.room
         if not all(x1 + 0.03 < x < x2 - 0.03 and y1 + 0.03 < y < y2 - 0.03 for x, y in footprint(thing)):
             return None
+    if not shows_itself(thing, world.view.place[:2]):
+        return None
     box = box_of(world.view, thing)
     if box is None or min(box[2] - box[0], box[3] - box[1]) < k["least"]:
         return None

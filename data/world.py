@@ -139,6 +139,31 @@ def collide(a: Thing, b: Thing, gap: float = 0.04) -> bool:
     return not (_split(footprint(a, gap), footprint(b)) or _split(footprint(b), footprint(a, gap)))
 
 
+def gap(a: Thing, b: Thing) -> float:
+    """Metres between the closest points of the upright boxes of two things; 0 if they meet."""
+    up = max(a.z - b.z - b.h, b.z - a.z - a.h, 0.0)
+    p, q = footprint(a), footprint(b)
+    if not (_split(p, q) or _split(q, p)):
+        return up
+    across = min(_to_edge(x, y, other[i - 1], other[i]) for corners, other in ((p, q), (q, p)) for x, y in corners
+                 for i in range(4))  # fmt: skip
+    return sqrt(across * across + up * up)
+
+
+def _to_edge(x: float, y: float, a: tuple[float, float], b: tuple[float, float]) -> float:
+    ex, ey = b[0] - a[0], b[1] - a[1]
+    part = min(1.0, max(0.0, ((x - a[0]) * ex + (y - a[1]) * ey) / (ex * ex + ey * ey)))
+    return sqrt((x - a[0] - part * ex) ** 2 + (y - a[1] - part * ey) ** 2)
+
+
+def shows_itself(thing: Thing, eye: tuple[float, float]) -> bool:
+    """A shelf is only known as one from its open side."""
+    if thing.kind != "shelf":
+        return True
+    (c, s), x, y = TURNS[thing.turn], eye[0] - thing.x, eye[1] - thing.y
+    return c * y - s * x > 0.4 * sqrt(x * x + y * y)
+
+
 def distance(a: Thing, b: Thing) -> float:
     """Metres between the middles of two things on the floor plan."""
     return sqrt((a.x - b.x) ** 2 + (a.y - b.y) ** 2)

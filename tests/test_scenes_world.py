@@ -26,7 +26,7 @@ GOLDEN = {  # first 16 hex digits of sha256; a change here is a change of everyb
     ("plane", 0): "e3a405fc06c89b3a",
     ("plane", 1): "158666b7bdd146b7",
     ("plane", 1099511627783): "47854e163bed46f1",
-    ("room", 0): "d9f489629a258857",
+    ("room", 0): "921bde61c6253895",
     ("room", 3): "0b96b8ab3daa4ed5",
 }
 LEVELS = [("plane", EVEN), ("room", SMALL_ROOM)]
