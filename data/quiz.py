@@ -158,7 +158,7 @@ def _support(draw: Draw, k: dict) -> Quiz:
 
 
 def _facing(draw: Draw, k: dict) -> Quiz:
-    options = draw.sample(["facing", "facing away from"], 2)
+    options = draw.sample(["facing", "facing away"], 2)
     a = _names(draw, k, 1, [kind for kind in k["furniture"] if kind in FACED])[0]
     b = _names(draw, k, 1, without=[a])[0]
     return Quiz(

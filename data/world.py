@@ -224,7 +224,7 @@ def facing(a: Thing, b: Thing) -> str | None:
     """Is a turned towards b or away from it? None in between."""
     c, s = TURNS[a.turn]
     straight = (-s * (b.x - a.x) + c * (b.y - a.y)) / max(distance(a, b), 1e-9)
-    return "facing" if straight > 0.92 else "facing away from" if straight < -0.92 else None
+    return "facing" if straight > 0.92 else "facing away" if straight < -0.92 else None
 
 
 def relations(world: World, ids: list[str], margin: float) -> list[dict]:
@@ -237,6 +237,7 @@ def relations(world: World, ids: list[str], margin: float) -> list[dict]:
             over = a.z - b.z - b.h  # metres of air between a and the top of b
             words = [direction(world.view, a, b, margin)] if i not in (b.on,) and a.on != j else []
             words += ["on top of"] if a.on == j else ["above"] if a.on is not None and over > 0 and inside(a, b) else []
+            words += ["below", "touching"] if b.on == i else ["touching"] if a.on == j else []
             words += ["under"] if b.kind == "table" and a.on is None and inside(a, b) else []
             words += [facing(a, b)] if a.kind in FACED and a.on != j else []
             words += [nearness(a, b)]

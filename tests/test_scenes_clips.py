@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 from scipy.optimize import lsq_linear
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest, uniform
 from test_scenes import blind_accuracy
 from test_scenes_world import inside
 
@@ -212,12 +212,14 @@ def test_a_constant_is_a_poor_guess_for_every_number(rows):
         assert 0.05 < best < most, (category, best)
 
 
-def test_distances_say_nothing_about_the_things(rows):
-    """Beds do not stand nearer than lamps: the answer to a distance question is drawn before the two things are."""
+def test_distances_are_even_and_say_nothing_about_the_things():
+    """Beds do not stand nearer than lamps: the answer to a distance question is drawn before the room is."""
     metres = defaultdict(list)
     for row in scene_rows(160, level="clip", knobs=TINY | {"mix": {"abs_distance": 1}}, seed=2):
         names = re.findall(r"the (\w+)", row["question"])
         metres[bool({"bed", "sofa", "table"} & set(names))].append(float(row["gold"]))
+    all_ = [v for some in metres.values() for v in some]
+    assert 0.3 < min(all_) < 0.9 and 4.2 < max(all_) < 4.7 and kstest(all_, uniform(0.5, 4).cdf).pvalue > 0.001
     means = [np.mean(v) for v in metres.values()]
     error = math.hypot(*(np.std(v) / math.sqrt(len(v)) for v in metres.values()))
     assert min(map(len, metres.values())) > 40 and abs(means[0] - means[1]) < 3.5 * error
