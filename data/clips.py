@@ -24,10 +24,10 @@ from math import cos, radians, sin
 import numpy as np
 from PIL import Image
 
-from data.drawing import Draw
+from data.drawing import COLOURS, Draw
 from data.questions import plural
 from data.solids import View, look, project
-from data.staging import draw_world, extents
+from data.staging import draw_world, extents, ranges
 from data.world import FURNITURE, SIMPLE, TURNS, Thing, World, collide, distance, footprint, gap, shows_itself
 
 CLIPS: dict[str, dict] = {
@@ -35,7 +35,7 @@ CLIPS: dict[str, dict] = {
         "width": 224, "height": 168, "frames": 16, "fps": 2,
         "objects": [7, 10], "kinds": [*FURNITURE, *SIMPLE],  # things in the room, and of which categories
         "colours": ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"],
-        "side": [30, 80], "small": [20, 36], "scale": [70, 140],  # cm; percent by which each thing's size varies
+        "side": [30, 80], "scale": [70, 140],  # cm; percent by which each thing's size varies
         "room": [420, 800], "eye": [140, 175], "drop": [28, 40], "focal": [55, 65],  # cm; percent; percent of the width
         "sweep": [200, 320],  # degrees that the camera turns by
         "noise": 5, "tint": 8, "first": 4,  # first: per mille of the pixels that count as "in view"
@@ -44,6 +44,17 @@ CLIPS: dict[str, dict] = {
     },
 }  # fmt: skip
 GRID = 10
+
+
+def wrong_knobs(k: dict) -> list[tuple[str, bool]]:
+    """(knob, can it not work?) of a level of CLIPS."""
+    return [
+        *ranges(k), ("frames", not 2 <= k["frames"] <= 64), ("fps", k["fps"] <= 0),
+        ("kinds", len(set(k["kinds"])) < 6 or not set(k["kinds"]) <= {*SIMPLE, *FURNITURE}),
+        ("colours", not k["colours"] or not set(k["colours"]) <= set(COLOURS)),
+        ("width", min(k["width"], k["height"]) < 28), ("noise", not 0 <= k["noise"] <= 60),
+        ("mix", sum(k["mix"].values()) < 1 or min(k["mix"].values()) < 0),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +172,8 @@ def _room_size(draw: Draw, k: dict) -> Ask:
 
 def _counting(draw: Draw, k: dict) -> Ask:
     name, n = draw.pick([kind for kind in k["kinds"] if kind not in ("bed", "sofa")]), draw.between(2, 5)
-    return Ask("counting", f"How many {_many(name)} are there in this room?", [], None, [name], {name: n},
+    return Ask("counting", f"How many {plural(name)} are there in this room?", [], None, [name], {name: n},
                gold=lambda things, room: str(n))  # fmt: skip
-
-
-def _many(name: str) -> str:
-    return "shelves" if name == "shelf" else plural(name)
 
 
 def _order(draw: Draw, k: dict) -> Ask:

@@ -11,22 +11,8 @@ from dataclasses import dataclass
 
 from data.drawing import CELLS, Draw, cell, centre
 from data.questions import plural
-from data.world import (
-    CARRIER,
-    FACED,
-    SIMPLE,
-    World,
-    between,
-    direction,
-    distance,
-    facing,
-    from_camera,
-    heading,
-    inside,
-    nearness,
-    offset,
-    own_side,
-)
+from data.world import CARRIER, FACED, SIMPLE, World, between, direction, distance, facing, from_camera, heading, inside
+from data.world import nearness, offset, own_side
 
 SIDES = ("left of", "right of", "in front of", "behind")
 HEADINGS = ("toward the camera", "away from the camera", "to the left", "to the right")
@@ -86,7 +72,11 @@ def _fill(draw: Draw, k: dict, cast: list, without: list[str] = (), kinds: list[
     """The cast and as many others as the scene is to have, each with a name of its own."""
     more = max(0, draw.between(*k["objects"]) - len(cast))
     names = _names(draw, k, more, kinds or kinds_of(k), [*without, *(name for name, _, _ in cast)])
-    return [*cast, *((name, None, False) for name in names)]
+    return [*cast, *_free(*names)]
+
+
+def _free(*names: str) -> list:
+    return [(name, None, False) for name in names]
 
 
 def _listed(question: str, options: list[str], names: list[str]) -> str:
@@ -133,7 +123,7 @@ def _direction(draw: Draw, k: dict) -> Quiz:
     b, a = _names(draw, k, 2)
     return Quiz(
         "relation", "direction", f"As the camera sees it, where mainly is the {a} with respect to the {b}?", options, gold,
-        _fill(draw, k, [(b, None, False), (a, (gold, 0), False)]), 2,
+        _fill(draw, k, [*_free(b), (a, (gold, 0), False)]), 2,
         lambda w, boxes: direction(w.view, w.things[1], w.things[0], k["margin"] / 100),
         lambda w, boxes: _flat_side(boxes, 1, 0, gold), lambda to: [(1, "move", (to, 0))], _these(1, 0), (1, 0),
     )  # fmt: skip
@@ -151,7 +141,7 @@ def _support(draw: Draw, k: dict) -> Quiz:
     table, thing = _names(draw, k, 1, ["table"])[0], _names(draw, k, 1, k["solids"])[0]
     return Quiz(
         "relation", "support", f"As the camera sees it, where is the {thing} with respect to the {table}?", options, gold,
-        _fill(draw, k, [(table, None, False), (thing, ({"on top of": "on"}.get(gold, gold), 0), True)]), 2,
+        _fill(draw, k, [*_free(table), (thing, ({"on top of": "on"}.get(gold, gold), 0), True)]), 2,
         lambda w, boxes: _table_side(w, k["margin"] / 100), lambda w, boxes: _flat_side(boxes, 1, 0, gold),
         lambda to: [(1, "move", ({"on top of": "on"}.get(to, to), 0))], _these(1, 0), (1, 0),
     )  # fmt: skip
@@ -163,7 +153,7 @@ def _facing(draw: Draw, k: dict) -> Quiz:
     b = _names(draw, k, 1, without=[a])[0]
     return Quiz(
         "relation", "facing", f"How is the {a} turned with respect to the {b}?", options, draw.pick(options),
-        _fill(draw, k, [(a, None, False), (b, None, False)]), 2, lambda w, boxes: facing(*w.things[:2]),
+        _fill(draw, k, _free(a, b)), 2, lambda w, boxes: facing(*w.things[:2]),
         None, lambda to: [(0, "turn", None), (1, "move", None)], _these(0, 1), (0, 1),
     )  # fmt: skip
 
@@ -178,7 +168,7 @@ def _between(draw: Draw, k: dict) -> Quiz:
         return None if None in held else _one([name for name, is_so in zip(placed, held, strict=True) if is_so])
 
     placed = [gold, *(name for name in options if name != gold)]
-    cast = [(a, None, False), (b, None, False), (gold, ("between", 0, 1), False), *((o, None, False) for o in placed[1:])]
+    cast = [*_free(a, b), (gold, ("between", 0, 1), False), *_free(*placed[1:])]
     return Quiz(
         "relation", "between", f"Which of these is between the {a} and the {b}?", options, gold, _fill(draw, k, cast),
         n + 2, answer, None, lambda to: [(1, "move", ("beyond", 2 + placed.index(to), 0)),
@@ -192,7 +182,7 @@ def _near(draw: Draw, k: dict) -> Quiz:
     gold, (b, a) = draw.pick(options), _names(draw, k, 2, list(COMPACT[: 4 + ("chair" in k["furniture"])]))
     return Quiz(
         "relation", "near", f"Is the {a} next to the {b} or far from it?", options, gold,
-        _fill(draw, k, [(b, None, False), (a, ("near", 0) if gold == "next to" else None, False)]), 2,
+        _fill(draw, k, [*_free(b), (a, ("near", 0) if gold == "next to" else None, False)]), 2,
         lambda w, boxes: nearness(w.things[1], w.things[0]), lambda w, boxes: _flat_near(boxes),
         lambda to: [(1, "move", ("near", 0) if to == "next to" else None)], _these(1, 0), (1, 0),
     )  # fmt: skip
@@ -233,7 +223,7 @@ def _stands_on(draw: Draw, k: dict) -> Quiz:
     def lure(w: World, boxes: list) -> str | None:
         return None if any(_overlap(boxes[n], boxes[i]) for i in range(n)) else "the floor"
 
-    cast = [*((host, None, False) for host in hosts), (thing, hint(gold), True)]
+    cast = [*_free(*hosts), (thing, hint(gold), True)]
     return Quiz("reach", "stands_on", f"What does the {thing} stand on?", options, gold, _fill(draw, k, cast), n + 1, answer,
                 lure, lambda to: [(n, "move", hint(to))], _these(n, *range(n)))  # fmt: skip
 
@@ -252,7 +242,7 @@ def _within(draw: Draw, k: dict) -> Quiz:
         sure = all(m < 1.0 - 0.05 or m > 1.35 for m in metres)
         return _one([name for name, m in zip(placed, metres, strict=True) if m < 1]) if sure else None
 
-    cast = [(anchor, None, False), (gold, ("near", 0), False), *((name, None, False) for name in placed[1:])]
+    cast = [*_free(anchor), (gold, ("near", 0), False), *_free(*placed[1:])]
     question = f"An arm at the {anchor} reaches one metre from the middle. The middle of which of these can it reach? {TILE}"
     return Quiz("reach", "within", question, options, gold, _fill(draw, k, cast), n + 1, answer,
                 lambda w, boxes: _flat_extreme(boxes, {name: 1 + i for i, name in enumerate(placed)}, 1),
@@ -281,8 +271,7 @@ def _exists(draw: Draw, k: dict) -> Quiz:
     alike = draw.sample([f"{c} {kind}" for c in k["colours"] if c != colour], 2)
     same = f"{colour} {draw.pick([x for x in kinds_of(k) if x != kind])}"
     first = {"yes": asked, "no": alike[1]}
-    cast = [(first[gold], None, False), (alike[0], None, False), (same, None, False)]
-    cast = _fill(draw, k, cast, [asked, alike[1]], [x for x in kinds_of(k) if x != kind])
+    cast = _fill(draw, k, _free(first[gold], alike[0], same), [asked, alike[1]], [x for x in kinds_of(k) if x != kind])
 
     def answer(w: World, boxes: list) -> str:
         return "yes" if any(thing.name == asked for thing in w.things) else "no"
@@ -298,8 +287,7 @@ def _exists_on(draw: Draw, k: dict) -> Quiz:
     kind, decoy = draw.sample([x for x in k["solids"] if x not in CARRIER], 2)
     a, b = draw.pick(k["colours"]), draw.pick(k["colours"])
     where = {"yes": ("on", 0), "no": draw.pick([("on", 1), ("near", 0)])}
-    cast = [(table, None, False), (other, None, False), (f"{b} {decoy}", ("on", 0), True)]
-    cast.append((f"{a} {kind}", where[gold], True))
+    cast = [*_free(table, other), (f"{b} {decoy}", ("on", 0), True), (f"{a} {kind}", where[gold], True)]
 
     def answer(w: World, boxes: list) -> str | None:
         on = w.things[3].on
@@ -323,7 +311,7 @@ def _exists_side(draw: Draw, k: dict) -> Quiz:
 
     question = f"As the camera sees it, is there {_a(a)} that is mainly {side} the {b}?"
     return Quiz("existence", "exists_side", question, options, gold,
-                _fill(draw, k, [(b, None, False), (a, where[gold], False)]), 2, answer,
+                _fill(draw, k, [*_free(b), (a, where[gold], False)]), 2, answer,
                 lambda w, boxes: gold if where[gold][0] == _flat_side(boxes, 1, 0, where[gold][0]) else None,
                 lambda to: [(1, "move", where[to])], _these(1, 0))  # fmt: skip
 
@@ -347,7 +335,7 @@ def _depth(draw: Draw, k: dict) -> Quiz:
 
     question = _listed(f"Which is {'closest to' if nearest else 'farthest from'} the camera", options, names)
     return Quiz("depth", "nearest" if nearest else "farthest", question, options, draw.pick(options),
-                _fill(draw, k, [(name, None, False) for name in names]), n, answer, lure,
+                _fill(draw, k, _free(*names)), n, answer, lure,
                 lambda to: [(i, "move", None) for i in range(n)], _these(*range(n)))  # fmt: skip
 
 
@@ -356,7 +344,7 @@ def _location(draw: Draw, k: dict) -> Quiz:
     name = _names(draw, k, 1, [kind for kind in kinds_of(k) if kind not in WIDE])[0]
     where = (k["width"], k["height"], k["grid"], k["grid_margin"])
     return Quiz("instance_location", f"grid_{k['grid']}", f"In which part of the image is the {name}?", options, gold,
-                _fill(draw, k, [(name, None, False)]), 1, lambda w, boxes: cell(boxes[0], *where), None,
+                _fill(draw, k, _free(name)), 1, lambda w, boxes: cell(boxes[0], *where), None,
                 lambda to: [(0, "move", None)], _these(0))  # fmt: skip
 
 
@@ -379,7 +367,7 @@ def _size(draw: Draw, k: dict) -> Quiz:
 
     question = _listed(f"Which is really {'tallest' if tall else 'shortest'}", options, names)
     return Quiz("size", "tallest" if tall else "shortest", question, options, draw.pick(options),
-                _fill(draw, k, [(name, None, False) for name in names]), n, answer, lure,
+                _fill(draw, k, _free(*names)), n, answer, lure,
                 lambda to: [(i, "resize", None) for i in range(n)], _these(*range(n)))  # fmt: skip
 
 
@@ -403,9 +391,8 @@ def _nearest_to(draw: Draw, k: dict) -> Quiz:
         return by_middle if by_middle == _best(edges, 0, sign) else None
 
     question = f"Which of these is {'closest to' if near else 'farthest from'} the {anchor}, measured on the floor?"
-    cast = [(anchor, None, False), *((name, None, False) for name in placed)]
     return Quiz("distance", "closest_to" if near else "farthest_from", question, options, draw.pick(options),
-                _fill(draw, k, cast), n + 1, answer, lambda w, boxes: _flat_extreme(boxes, places, sign),
+                _fill(draw, k, _free(anchor, *placed)), n + 1, answer, lambda w, boxes: _flat_extreme(boxes, places, sign),
                 lambda to: [(i, "move", None) for i in range(n + 1)],
                 _these(*range(n + 1)))  # fmt: skip
 
@@ -420,7 +407,7 @@ def _metres(draw: Draw, k: dict) -> Quiz:
 
     question = f"About how far apart are the middles of the {a} and the {b}? {TILE}"
     return Quiz("distance", "metres", question, options, gold,
-                _fill(draw, k, [(a, None, False), (b, ("metres", 0, int(gold[0])), False)]), 2, answer, None,
+                _fill(draw, k, [*_free(a), (b, ("metres", 0, int(gold[0])), False)]), 2, answer, None,
                 lambda to: [(1, "move", ("metres", 0, int(to[0]))), (0, "move", ("metres", 1, int(to[0])))],
                 _these(0, 1))  # fmt: skip
 
@@ -430,7 +417,7 @@ def _orientation(draw: Draw, k: dict) -> Quiz:
     if draw.below(2):
         options, gold = _choose(draw, k, "orientation", HEADINGS)
         question = f"As the camera sees it, which way is the {name} turned?"
-        return Quiz("orientation", "heading", question, options, gold, _fill(draw, k, [(name, None, False)]), 1,
+        return Quiz("orientation", "heading", question, options, gold, _fill(draw, k, _free(name)), 1,
                     lambda w, boxes: heading(w.view, w.things[0]), None,
                     lambda to: [(0, "turn", None)], _these(0))  # fmt: skip
     options, gold = _choose(draw, k, "orientation", OWN_SIDES)
@@ -443,7 +430,7 @@ def _orientation(draw: Draw, k: dict) -> Quiz:
 
     question = f"From the point of view of someone sitting on the {name}, where mainly is the {other}?"
     return Quiz("orientation", "own_side", question, options, gold,
-                _fill(draw, k, [(name, None, False), (other, None, False)]), 2,
+                _fill(draw, k, _free(name, other)), 2,
                 lambda w, boxes: own_side(w.things[1], w.things[0], k["margin"] / 100), lure,
                 lambda to: [(0, "turn", None), (1, "move", None)], _these(0, 1))  # fmt: skip
 
@@ -463,7 +450,7 @@ def _count(draw: Draw, k: dict) -> Quiz:
     alike = [f"{c} {kind}" for c in k["colours"]] if by == "kind" else [f"{colour} {x}" for x in kinds_of(k)]
     rest = [f"{c} {x}" for c in k["colours"] for x in kinds_of(k) if kind != x and colour != c]
     counted, others = [draw.pick(alike) for _ in range(most)], draw.sample(rest, most)
-    cast = [(counted[i] if i < int(gold) else others[i], None, False) for i in range(most)]
+    cast = _free(*counted[: int(gold)], *others[int(gold) :])
     cast = _fill(draw, k, cast, [*others, *alike], [x for x in kinds_of(k) if x != kind])
 
     def answer(w: World, boxes: list) -> str:
@@ -483,7 +470,7 @@ def _count_on(draw: Draw, k: dict, options: list[str], gold: str) -> Quiz:
     names = _names(draw, k, 3, k["solids"])
     beside = [draw.pick([("near", 0), None]) for _ in names]
     hints = [("on", 0) if i < int(gold) else beside[i] for i in range(3)]
-    cast = [(table, None, False), *((name, hint, True) for name, hint in zip(names, hints, strict=True))]
+    cast = [*_free(table), *((name, hint, True) for name, hint in zip(names, hints, strict=True))]
 
     def answer(w: World, boxes: list) -> str | None:
         unsure = any(inside(thing, w.things[0]) and thing.on is None for thing in w.things[1:])

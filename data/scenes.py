@@ -31,14 +31,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.clips import ASKS, CLIPS, clip_row
+from data import clips, staging
+from data.clips import CLIPS, clip_row
 from data.drawing import CELLS, COLOURS, SHAPES, Box, Draw, all_sides_seen, clear_contact, direction, paint, shared
 from data.questions import PLANS, Plan
 from data.quiz import QUIZZES, Quiz, other_answer
 from data.responses import response_text
 from data.rows import write_stvqa
 from data.staging import WORLDS, Shot, describe, scene_for
-from data.world import CARRIER, FACED, FURNITURE, SIMPLE
 
 _DEMO = {
     "width": 112, "height": 112,
@@ -231,45 +231,19 @@ def resolve_knobs(level: str = "demo", knobs: dict | None = None) -> dict:
 
 
 def _resolve_world(level: str, given: dict) -> dict:
-    known, categories = (WORLDS | CLIPS)[level], QUIZZES if level in WORLDS else ASKS
+    known = (WORLDS | CLIPS)[level]
     for name in given:
         if name not in known:
             raise ValueError(f"unknown knob {name!r}; known: {', '.join(known)}")
-        if isinstance(known[name], dict) and not set(given[name]) <= set(categories):
-            raise ValueError(f"knob {name}={given[name]} names no known category; known: {', '.join(categories)}")
+        if isinstance(known[name], dict) and not set(given[name]) <= set(known[name]):
+            raise ValueError(f"knob {name}={given[name]} names no known category; known: {', '.join(known[name])}")
     k = json.loads(json.dumps(known | given))
-    ranges = [name for name, value in known.items() if isinstance(value, list) and isinstance(value[0], int)]
-    if level in CLIPS:
-        wrong = [
-            *((name, not 0 < k[name][0] <= k[name][1]) for name in ranges), ("frames", not 2 <= k["frames"] <= 64),
-            ("kinds", len(set(k["kinds"])) < 6 or not set(k["kinds"]) <= {*SIMPLE, *FURNITURE}),
-            ("colours", not k["colours"] or not set(k["colours"]) <= set(COLOURS)), ("fps", k["fps"] <= 0),
-            ("width", min(k["width"], k["height"]) < 28), ("noise", not 0 <= k["noise"] <= 60),
-            ("mix", sum(k["mix"].values()) < 1 or min(k["mix"].values()) < 0),
-        ]  # fmt: skip
-    else:
+    if level in WORLDS:
         k["options"] = known["options"] | k["options"]
-        wrong = _wrong_world(k, ranges)
-    for name, bad in wrong:
+    for name, bad in (staging if level in WORLDS else clips).wrong_knobs(k):
         if bad:
             raise ValueError(f"knob {name}={k[name]} cannot work; level {level} has {name}={known[name]}")
     return k
-
-
-def _wrong_world(k: dict, ranges: list[str]) -> list[tuple[str, bool]]:
-    return [
-        *((name, not 0 <= k[name][0] <= k[name][1]) for name in ranges),
-        ("solids", len(set(k["solids"]) - set(CARRIER)) < 2 or not set(k["solids"]) <= set(SIMPLE)),
-        ("furniture", "table" not in k["furniture"] or not set(k["furniture"]) & set(FACED)
-         or not set(k["furniture"]) <= set(FURNITURE)),
-        ("colours", len(set(k["colours"])) < 5 or not set(k["colours"]) <= set(COLOURS)),
-        ("width", min(k["width"], k["height"]) < 56), ("noise", not 0 <= k["noise"] <= 60),
-        ("margin", k["margin"] < 1), ("size_margin", k["size_margin"] < 1), ("grid", k["grid"] not in CELLS),
-        ("count_max", not 4 <= k["count_max"] <= 9), ("seen", not 1 <= k["seen"] <= 100),
-        ("glimpse", not 1 <= k["glimpse"] <= 100), ("trap", not 0 <= k["trap"] <= 100),
-        ("options", any(not 2 <= low <= high <= 4 for low, high in k["options"].values())),
-        ("mix", sum(k["mix"].values()) < 1 or min(k["mix"].values()) < 0),
-    ]  # fmt: skip
 
 
 def draw_shots(seed: int, knobs: dict, *, twin: bool = False) -> tuple[Quiz, list[str], list[Shot]]:

@@ -7,9 +7,9 @@ asked. `k` is a level's dict of knobs (WORLDS).
 from dataclasses import asdict, dataclass, replace
 from math import sqrt
 
-from data.drawing import COLOURS, Draw
+from data.drawing import CELLS, COLOURS, Draw
 from data.solids import Rendered, View, look, project, render, visible_box
-from data.world import CARRIER, FURNITURE, SIMPLE, TURNS, Thing, World, collide, footprint, shows_itself, solids
+from data.world import CARRIER, FACED, FURNITURE, SIMPLE, TURNS, Thing, World, collide, footprint, shows_itself, solids
 
 SURFACES = [(196, 216, 236), (190, 186, 178), (236, 234, 228), (214, 206, 192), (226, 220, 208)]
 
@@ -23,7 +23,7 @@ _ROOM = {
     "margin": 30, "size_margin": 20, "least": 12,  # cm between candidates; percent of size; pixels of a box's sides
     "noise": 6, "tint": 8, "grid": 2, "grid_margin": 20, "count_max": 5, "seen": 60, "glimpse": 35, "trap": 50,
     "room": [480, 780], "camera": [165, 235], "drop": [34, 50], "focal": [78, 95],
-    "options": {"relation": [3, 4], "size": [2, 4], "count": [4, 4], "existence": [2, 2], "instance_location": [4, 4],
+    "options": {"relation": [3, 4], "size": [2, 4], "existence": [2, 2], "instance_location": [4, 4],
                 "depth": [2, 4], "distance": [3, 4], "orientation": [3, 4], "reach": [3, 4]},
     "mix": {"relation": 48, "reach": 7, "existence": 7, "depth": 7, "instance_location": 7, "size": 6, "distance": 6,
             "orientation": 6, "count": 6},
@@ -36,6 +36,29 @@ WORLDS: dict[str, dict] = {
     },
     "room": _ROOM,
 }  # fmt: skip
+
+
+def ranges(k: dict) -> list[tuple[str, bool]]:
+    """(knob, is it wrong?) of every pair of a lowest and a highest value."""
+    pairs = [name for name, value in k.items() if isinstance(value, list) and value and isinstance(value[0], int)]
+    return [(name, len(k[name]) != 2 or not 0 <= k[name][0] <= k[name][1]) for name in pairs]
+
+
+def wrong_knobs(k: dict) -> list[tuple[str, bool]]:
+    """(knob, can it not work?) of a level of WORLDS."""
+    return [
+        *ranges(k),
+        ("solids", len(set(k["solids"]) - set(CARRIER)) < 2 or not set(k["solids"]) <= set(SIMPLE)),
+        ("furniture", "table" not in k["furniture"] or not set(k["furniture"]) & set(FACED)
+         or not set(k["furniture"]) <= set(FURNITURE)),
+        ("colours", len(set(k["colours"])) < 5 or not set(k["colours"]) <= set(COLOURS)),
+        ("width", min(k["width"], k["height"]) < 56), ("noise", not 0 <= k["noise"] <= 60),
+        ("margin", k["margin"] < 1), ("size_margin", k["size_margin"] < 1), ("grid", k["grid"] not in CELLS),
+        ("count_max", not 4 <= k["count_max"] <= 9), ("seen", not 1 <= k["seen"] <= 100),
+        ("glimpse", not 1 <= k["glimpse"] <= 100), ("trap", not 0 <= k["trap"] <= 100),
+        ("options", any(not 2 <= low <= high <= 4 for low, high in k["options"].values())),
+        ("mix", sum(k["mix"].values()) < 1 or min(k["mix"].values()) < 0),
+    ]  # fmt: skip
 
 
 # ---- making and placing ----------------------------------------------------------------------------------------------
@@ -240,7 +263,8 @@ def _twin(draw: Draw, first: Shot, quiz, other: str, paint: int, k: dict) -> Sho
         old = world.things[i]
         if any(thing.on == i for thing in world.things):
             continue
-        new = make(draw, world, how.removeprefix("rename ") if how.startswith("rename") else old.name, hint, True, k)
+        name = how.removeprefix("rename ") if how.startswith("rename") else old.name
+        new = make(draw, world, name, hint, quiz.cast[i][2], k)
         if how == "move":
             new = replace(new, turn=old.turn, w=old.w, d=old.d, h=old.h)
         elif how == "turn":
