@@ -285,28 +285,26 @@ def film(draw: Draw, room: tuple, views: list[View], things: list[Thing], ask: A
     """The frames, if every thing is well seen in one of them and the order of appearance is as asked."""
     light = (0.36, -0.48, 0.8)
     tint = draw.below(2**60)
+    least = k["first"] * k["width"] * k["height"] / 1000
     frames, pixels, shown = [], [], [False] * len(things)
-    for number, view in enumerate(views):
-        world = World(view, room, light, things)
-        picture = draw_world(world, k, Draw(tint))
+    for view in views:
+        picture = draw_world(World(view, room, light, things), k, Draw(tint))
         frames.append(picture.image)
         pixels.append(picture.seen)
         for i, thing in enumerate(things):
-            enough = max(0.5 * picture.whole[i], view.width * view.height / 300)
-            shown[i] = shown[i] or (picture.seen[i] >= enough and _corners_in(view, thing) >= 6)
+            enough = picture.seen[i] >= max(0.5 * picture.whole[i], least)
+            shown[i] = shown[i] or (enough and _corners_in(view, thing) >= 6)
     if not all(shown):
         return None
     pixels = np.array(pixels)
-    first = _first(pixels, k["first"] * k["width"] * k["height"] / 1000)
-    glimpse = _first(pixels, 1)
+    first, glimpse = _first(pixels, least), _first(pixels, 1)
     if not ask.seen(_by_kind(things, first), _by_kind(things, glimpse)):
         return None
     return Clip(room, views, things, frames, pixels, first)
 
 
 def _first(pixels: np.ndarray, least: float) -> list[int]:
-    enough = pixels >= least
-    return [int(column.argmax()) if column.any() else len(column) for column in enough.T]
+    return [int(enough.argmax()) for enough in (pixels >= least).T]  # every thing has enough in some frame
 
 
 def _by_kind(things: list[Thing], first: list[int]) -> dict[str, int]:

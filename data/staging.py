@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from math import sqrt
 
 from data.drawing import CELLS, COLOURS, Draw
+from data.quiz import Quiz
 from data.solids import Rendered, View, look, project, render, visible_box
 from data.world import CARRIER, FACED, FURNITURE, SIMPLE, TURNS, Thing, World, collide, footprint, shows_itself, solids
 
@@ -194,7 +195,7 @@ class Shot:
     shares: list[float]
 
 
-def _cast(draw: Draw, quiz, n: int, trapped: bool, k: dict) -> tuple[World, list] | None:
+def _cast(draw: Draw, quiz: Quiz, n: int, trapped: bool, k: dict) -> tuple[World, list] | None:
     """The first n things of the cast, placed; None as soon as it does not work out."""
     world, boxes = stage(draw, k), []
     for i, (name, hint, small) in enumerate(quiz.cast[:n]):
@@ -215,7 +216,7 @@ def _cast(draw: Draw, quiz, n: int, trapped: bool, k: dict) -> tuple[World, list
     return world, boxes
 
 
-def shoot(world: World, quiz, gold: str, paint: int, k: dict) -> Shot | None:
+def shoot(world: World, quiz: Quiz, gold: str, paint: int, k: dict) -> Shot | None:
     """The picture, if it shows enough of everything and the answer still holds for the boxes of what is visible."""
     picture = draw_world(world, k, Draw(paint))
     shares = [seen / max(whole, 1) for seen, whole in zip(picture.seen, picture.whole, strict=True)]
@@ -231,7 +232,7 @@ def shoot(world: World, quiz, gold: str, paint: int, k: dict) -> Shot | None:
     return Shot(world, picture, boxes, [ids[i] for i in range(len(boxes))], shares)
 
 
-def scene_for(draw: Draw, quiz, k: dict, other: str | None = None) -> list[Shot]:
+def scene_for(draw: Draw, quiz: Quiz, k: dict, other: str | None = None) -> list[Shot]:
     """[a shot for which quiz.gold holds], or with its twin, one single edit away, for which `other` holds.
 
     The question, its options and both answers stay as they were drawn, however many worlds it takes: a choice that
@@ -256,7 +257,7 @@ def scene_for(draw: Draw, quiz, k: dict, other: str | None = None) -> list[Shot]
     raise ValueError(f"knobs leave no room for a {quiz.task} question ({quiz.question}): fewer objects, or smaller margins")
 
 
-def _twin(draw: Draw, first: Shot, quiz, other: str, paint: int, k: dict) -> Shot | None:
+def _twin(draw: Draw, first: Shot, quiz: Quiz, other: str, paint: int, k: dict) -> Shot | None:
     world = first.world
     for _ in range(40):
         i, how, hint = draw.pick(quiz.edits(other))

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import chisquare
 from test_scenes import blind_accuracy
 
 from data.quiz import QUIZZES
 from data.responses import response_text
-from data.scenes import draw_shots, resolve_knobs, scene_row, scene_rows, scene_twins
+from data.scenes import contact_sheet, draw_shots, resolve_knobs, scene_row, scene_rows, scene_twins
 from data.solids import Solid, look, project, render, visible_box
 from data.staging import SURFACES, WORLDS, draw_world
 from data.world import relations, solids
@@ -455,9 +456,11 @@ def test_rows_have_the_shape_of_a_row_and_the_gold_response_earns_all(level, kno
         assert parts["total"] == pytest.approx(1, abs=1e-5), (row["id"], parts)
 
 
-def test_levels_load_by_name():
+def test_levels_load_by_name(tmp_path):
     from data.dataset import load_rows
 
+    contact_sheet(scene_rows(2, level="room", knobs=SMALL_ROOM), tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size[0] > 600
     assert [row["meta"]["level"] for row in load_rows("scenes:plane@val", limit=2)] == ["plane"] * 2
     assert load_rows("scenes:room@train", limit=1)[0]["size"] == (448, 448)
 
