@@ -58,6 +58,12 @@ def _names(draw: Draw, k: dict, n: int, kinds: list[str] | None = None, without:
     return draw.sample([name for name in pool if name not in without], n)
 
 
+def _small(draw: Draw, k: dict, n: int, kinds: list[str], hosts: list[str]) -> list[str]:
+    """Names of things that may stand on a host: of other colours, or one could not tell them from it."""
+    taken = {host.split()[0] for host in hosts}
+    return _names(draw, k, n, kinds, [f"{colour} {kind}" for colour in taken for kind in kinds])
+
+
 def _choose(draw: Draw, k: dict, category: str, pool: list[str]) -> tuple[list[str], str]:
     low, high = k["options"][category]
     options = draw.sample(pool, min(draw.between(low, high), len(pool)))
@@ -138,7 +144,8 @@ def _table_side(w: World, margin: float) -> str | None:
 
 def _support(draw: Draw, k: dict) -> Quiz:
     options, gold = _choose(draw, k, "relation", ["on top of", "under", *SIDES])
-    table, thing = _names(draw, k, 1, ["table"])[0], _names(draw, k, 1, k["solids"])[0]
+    (table,) = _names(draw, k, 1, ["table"])
+    (thing,) = _small(draw, k, 1, k["solids"], [table])
     return Quiz(
         "relation", "support", f"As the camera sees it, where is the {thing} with respect to the {table}?", options, gold,
         _fill(draw, k, [*_free(table), (thing, ({"on top of": "on"}.get(gold, gold), 0), True)]), 2,
@@ -209,7 +216,7 @@ def _stands_on(draw: Draw, k: dict) -> Quiz:
     hosts = _names(draw, k, _number_of(draw, k, "reach") - 1, [kind for kind in kinds_of(k) if kind in CARRIER])
     options = draw.sample([*(f"the {host}" for host in hosts), "the floor"], len(hosts) + 1)
     gold = draw.pick(options)
-    thing = _names(draw, k, 1, [kind for kind in k["solids"] if kind not in CARRIER], hosts)[0]
+    (thing,) = _small(draw, k, 1, [kind for kind in k["solids"] if kind not in CARRIER], hosts)
     n, beside = len(hosts), draw.below(len(hosts))
 
     def hint(answer: str) -> tuple:
@@ -285,9 +292,9 @@ def _exists_on(draw: Draw, k: dict) -> Quiz:
     table = _names(draw, k, 1, ["table"])[0]
     other = _names(draw, k, 1, [x for x in kinds_of(k) if x in CARRIER], [table])[0]
     kind, decoy = draw.sample([x for x in k["solids"] if x not in CARRIER], 2)
-    a, b = draw.pick(k["colours"]), draw.pick(k["colours"])
+    (a,), (b,) = (_small(draw, k, 1, [x], [table, other]) for x in (kind, decoy))
     where = {"yes": ("on", 0), "no": draw.pick([("on", 1), ("near", 0)])}
-    cast = [*_free(table, other), (f"{b} {decoy}", ("on", 0), True), (f"{a} {kind}", where[gold], True)]
+    cast = [*_free(table, other), (b, ("on", 0), True), (a, where[gold], True)]
 
     def answer(w: World, boxes: list) -> str | None:
         on = w.things[3].on
@@ -467,7 +474,7 @@ def _count(draw: Draw, k: dict) -> Quiz:
 
 def _count_on(draw: Draw, k: dict, options: list[str], gold: str) -> Quiz:
     table = _names(draw, k, 1, ["table"])[0]
-    names = _names(draw, k, 3, k["solids"])
+    names = _small(draw, k, 3, k["solids"], [table])
     beside = [draw.pick([("near", 0), None]) for _ in names]
     hints = [("on", 0) if i < int(gold) else beside[i] for i in range(3)]
     cast = [*_free(table), *((name, hint, True) for name, hint in zip(names, hints, strict=True))]

@@ -205,7 +205,7 @@ def own_side(a: Thing, b: Thing, margin: float) -> str | None:
 
 
 def heading(view: View, thing: Thing) -> str | None:
-    """Which way a thing is turned, as the viewer sees it: within about 20 degrees, along the line of sight to it and
+    """Which way a thing is turned, as the viewer sees it: within 20 degrees, along the line of sight to it and
     along the camera's axis alike, else None."""
     c, s = TURNS[thing.turn]
     front, ways = (-s, c), []
@@ -213,9 +213,9 @@ def heading(view: View, thing: Thing) -> str | None:
     n = sqrt(x * x + y * y)
     for ax, ay in ((x / n, y / n), (-view.right[1], view.right[0])):
         along, across = front[0] * ax + front[1] * ay, front[0] * ay - front[1] * ax
-        if abs(along) > 0.9:
+        if abs(along) > 0.94:
             ways.append("away from the camera" if along > 0 else "toward the camera")
-        elif abs(across) > 0.9:
+        elif abs(across) > 0.94:
             ways.append("to the right" if across > 0 else "to the left")
     return ways[0] if len(ways) == 2 and ways[0] == ways[1] else None
 

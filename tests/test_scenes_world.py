@@ -25,7 +25,7 @@ EVEN = {"mix": dict.fromkeys(QUIZZES, 1)}
 SMALL_ROOM = EVEN | {"width": 160, "height": 160, "least": 5, "grid_margin": 8}
 GOLDEN = {  # first 16 hex digits of sha256; a change here is a change of everybody's data
     ("plane", 0): "627ee46911941d12",
-    ("plane", 1): "158666b7bdd146b7",
+    ("plane", 1): "61b8323c23cb5a94",
     ("plane", 1099511627783): "47854e163bed46f1",
     ("room", 0): "4666e566d1105d72",
     ("room", 3): "0b96b8ab3daa4ed5",
