@@ -19,8 +19,9 @@ from pathlib import Path
 import tyro
 
 import evaluate
+from answers import controlled, swapped_pictures
 from data.dataset import encode, load_rows
-from rewards import extract_scene, format_score, grade, match_objects, scene_metrics
+from rewards import extract_scene, format_score, grade, is_valid_object, match_objects, scene_metrics
 from rollout import hf_rollout
 
 START = "assets/demo-model"
@@ -82,12 +83,12 @@ def score(cfg: Config, checkpoint: str) -> dict[str, list[float]]:
     asked = evaluate.with_trained_settings(evaluate.Config(model=START))
     rollout, processor = hf_rollout(checkpoint, max_sequences=1024)
     rows = load_rows("scenes:demo@val", limit=cfg.limit)
-    donors = evaluate.swapped_pictures(rows, asked.seed)
+    donors = swapped_pictures(rows, asked.seed)
     how = {"max_tokens": asked.max_tokens, "seed": asked.seed}
     measures: dict[str, list[float]] = {}
 
     def ask(control: str, **kwargs) -> list[list]:
-        shown = [evaluate.controlled(row, control, donors[row["id"]]) for row in rows]
+        shown = [controlled(row, control, donors[row["id"]]) for row in rows]
         prompts = [encode(row, processor, style=asked.style, min_pixels=asked.min_pixels, max_pixels=asked.max_pixels) for row in shown]
         return rollout.generate(prompts, **how, **kwargs)
 
@@ -108,7 +109,7 @@ def score(cfg: Config, checkpoint: str) -> dict[str, list[float]]:
 
 def mean_ciou(text: str, row: dict) -> float:
     """Mean mapped CIoU over the gold objects, each against its best prediction of the same label; 0 where there is none."""
-    found = [o for o in extract_scene(text).get("objects") or [] if evaluate.is_valid_object(o)]
+    found = [o for o in extract_scene(text).get("objects") or [] if is_valid_object(o)]
     gold, (w, h) = row["scene"]["objects"], row["size"]
     sides = [([o["id"].split(".")[0] for o in side], [tuple(v / s for v, s in zip(o["bbox"], (w, h, w, h))) for o in side])
              for side in (found[:64], gold)]  # fmt: skip

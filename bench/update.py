@@ -62,7 +62,7 @@ def main(cfg: Config) -> None:
         with speed.profiled(cfg.out / "profile" if last else None):
             metrics = train_step(policy, reference, optimizer, prompts, groups, advantages, train_cfg, step=step)
         metrics["time/update"] = time.perf_counter() - began
-        metrics |= meter.read(metrics, groups)
+        metrics |= meter.read(metrics)
         if device.type == "cuda":
             metrics["torch_gib"] = torch.cuda.max_memory_allocated() / memory.GIB
         lines.append(metrics)
