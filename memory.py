@@ -98,7 +98,8 @@ def update(cfg, policy, world: int, shard: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def choose_shard(cfg, policy, world: int, *, reference: str = "none", engine: float = 0.0, total: float | None = None) -> tuple[str, str]:
+def choose_shard(cfg, policy, world: int, *, reference: str = "none", engine: float = 0.0,
+                 total: float | None = None) -> tuple[str, str]:  # fmt: skip
     """What `auto` of --shard and --reference means here; reference `none` where there is none.
 
     As little is cut as `total` bytes of GPU memory (this GPU's) allow, with an awake engine that fills the share `engine` of

@@ -40,7 +40,8 @@ FAMILIES = {
 }
 
 # random:NAME. `3b` and `7b` are the published shapes of Qwen2.5-VL; `demo` is what the shipped model has: rope with a
-# small base and full vision attention, because its pictures are a few patches wide; `tiny` is for tests (heads of 32: vLLM has no smaller on the CPU).
+# small base and full vision attention, because its pictures are a few patches wide; `tiny` is for
+# tests (heads of 32: vLLM has no smaller on the CPU).
 SHAPES = {
     "tiny": dict(
         text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,

@@ -196,7 +196,8 @@ KERNELS = ("auto", "reference")
 def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, baseline: str = "mean") -> Tensor:
     """rewards (B, G) -> advantages (B, G): above or below the group's mean, in standard deviations (spec 4.2).
 
-    baseline rloo: above or below the mean of the other completions, which is G / (G - 1) times as far. A group of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
+    baseline rloo: above or below the mean of the other completions, which is G / (G - 1) times as far. A group
+    of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 completions: --group-size 2 or more")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -251,7 +252,8 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
         passes_before(policy, reference, everything, cfg)
     stats = LossStats(policy.device)
     settings = dict(loss=cfg.loss, entropy_coef=cfg.entropy_coef, importance_cap=cfg.importance_cap, clip_low=cfg.clip_low,
-                    clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef)  # fmt: skip
+                    clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, kl="none" if reference is None else cfg.kl,
+                    kl_coef=cfg.kl_coef)  # fmt: skip
 
     for i, packs in enumerate(batches):
         tokens, sequences, most = global_counts(packs, policy.device)
@@ -399,7 +401,8 @@ def collect(cfg: Config, policy: Policy, rollout, processor, pool, rows: list[di
         clock.lap("reward")
         every.groups, every.parts = every.groups + groups, every.parts + parts
         for n, i in enumerate(own):
-            held[i] = (groups[n], parts[n * cfg.group_size : (n + 1) * cfg.group_size], group_tokens(prompts[n], groups[n]), prompts[n])
+            own_parts = parts[n * cfg.group_size : (n + 1) * cfg.group_size]
+            held[i] = (groups[n], own_parts, group_tokens(prompts[n], groups[n]), prompts[n])
         unequal = (totals.amax(dim=1) > totals.amin(dim=1)).tolist()
         live = sorted(live + [i for found in ranks.gather([i for i, u in zip(own, unequal) if u]) for i in found])
         if len(live) >= cfg.prompts_per_step:
