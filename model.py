@@ -10,6 +10,7 @@ positions and attending to the prompt and to itself (kernels/prefix_attention.py
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -32,10 +33,19 @@ from kernels.policy_loss import policy_loss
 DEMO_PROCESSOR = Path(__file__).parent / "assets" / "demo-model"
 
 # What differs between model families; another family is another entry.
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 FAMILIES = {
     "qwen2_5_vl": dict(
         model_class="Qwen2_5_VLForConditionalGeneration",
-        never_sampled=("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+        never_sampled=VISION_TOKENS,
+        mask_by_layer_type=True,  # its language model takes a dict of masks
+        liger="apply_liger_kernel_to_qwen2_5_vl",
+    ),
+    "qwen3_vl": dict(
+        model_class="Qwen3VLForConditionalGeneration",
+        never_sampled=VISION_TOKENS,
+        mask_by_layer_type=False,
+        liger="apply_liger_kernel_to_qwen3_vl",
     ),
 }
 
@@ -156,7 +166,8 @@ def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype 
     if kernels and torch.device(device).type == "cuda":
         use_liger(model)
         for block in model.model.visual.blocks:
-            align_mlp(block.mlp)
+            if hasattr(block.mlp, "gate_proj"):
+                align_mlp(block.mlp)
     return model, proc
 
 
@@ -164,7 +175,7 @@ def patch_embed_as_product(embed: nn.Module) -> None:
     """The stride of this convolution is its kernel, so it is a matrix product, and many times faster as one."""
 
     def forward(self, pixels: Tensor) -> Tensor:  # (patches, C*t*p*p) -> (patches, width)
-        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
     embed.forward = MethodType(forward, embed)  # bound, so that a copy of the module gets a copy of the method
 
@@ -188,17 +199,16 @@ def align_mlp(mlp: nn.Module, multiple: int = 8) -> None:
 def use_liger(model) -> None:
     """Liger's RMSNorm, SwiGLU and rope in this model. Its fused cross-entropy stays off: the head is ours (kernels/)."""
     try:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, liger_rotary_pos_emb
+        from liger_kernel import transformers as liger
     except ImportError:
         print("liger-kernel is not installed: norms, SwiGLU and rope run in plain torch (pip install liger-kernel)")
         return
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
-
-    apply_liger_kernel_to_qwen2_5_vl(model=model, rope=False, fused_linear_cross_entropy=False)
+    modeling = sys.modules[type(model).__module__]
+    getattr(liger, FAMILIES[model.config.model_type]["liger"])(model=model, rope=False, fused_linear_cross_entropy=False)
     # Liger patches a function of transformers 4; now the layers call this one, with mrope's sections merged already.
     if modeling.apply_rotary_pos_emb.__module__ == modeling.__name__:
         plain = modeling.apply_rotary_pos_emb
-        modeling.apply_rotary_pos_emb = lambda q, *rest: (liger_rotary_pos_emb if q.is_cuda else plain)(q, *rest)
+        modeling.apply_rotary_pos_emb = lambda q, *rest: (liger.liger_rotary_pos_emb if q.is_cuda else plain)(q, *rest)
 
 
 def banned_ids(processor, model, extra: tuple[int, ...] = ()) -> Tensor:
@@ -271,7 +281,7 @@ class Packed:
     index: list[int]  # which group of the batch each packed group is
     old_logp: Tensor | None = None  # (M,) the trainer's, before the first optimiser step of this rollout
     ref_logp: Tensor | None = None  # (M,)
-    features: Tensor | None = None  # (picture tokens, H) of a frozen tower, which need computing once a rollout only
+    features: Tensor | None = None  # (picture tokens, H or more) of a frozen tower, computed once a rollout
 
     def to(self, device) -> "Packed":
         """A copy there; to a GPU through pinned memory, or every copy would wait for what the GPU is doing."""
@@ -408,23 +418,30 @@ class Policy(nn.Module):
         self.checkpointed = min(count, len(self.language.layers))
 
     def picture_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """pixels (patches, C*t*p*p), grid (pictures, 3) on the CPU -> (picture tokens, H). No graph if frozen."""
-        vision = self.config.vision_config
-        sizes = tuple(tuple(size) for size in grid.tolist())
-        plan = vision_plan(sizes, vision.spatial_merge_size, vision.window_size, vision.patch_size, pixels.device)
+        """pixels (patches, C*t*p*p), grid (pictures, 3) on the CPU -> (picture tokens, H), and behind them, in Qwen3-VL, H
+        more for each of its first language layers. No graph if frozen."""
+        vision, plan = self.config.vision_config, {}
+        if hasattr(vision, "window_size"):
+            sizes = tuple(tuple(size) for size in grid.tolist())
+            plan = vision_plan(sizes, vision.spatial_merge_size, vision.window_size, vision.patch_size, pixels.device)
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             pixels = pixels.to(self.vision.patch_embed.proj.weight.dtype)
-            return self.vision(pixels, grid_thw=grid, **plan).pooler_output
+            found = self.vision(pixels, grid_thw=grid if plan else grid.to(pixels.device), **plan)
+            return torch.cat([found.pooler_output, *(getattr(found, "deepstack_features", None) or ())], dim=1)
 
     def embed(self, ids: Tensor, picture_rows: Tensor, pixels: Tensor | None, grid: Tensor | None,
-              features: Tensor | None = None) -> Tensor:  # fmt: skip
-        """ids (T,) -> (T, H), the rows of picture placeholders replaced by their features, computed unless given."""
+              features: Tensor | None = None) -> tuple[Tensor, dict]:  # fmt: skip
+        """ids (T,) -> (T, H), the rows of picture placeholders replaced by their features, computed unless given; and what
+        else the language model wants of them: `visual_pos_masks` (T,) and the rest of the features, or nothing."""
         embeds = self.language.embed_tokens(ids)  # (T, H)
         if pixels is not None and features is None:
             features = self.picture_features(pixels, grid)
         if features is not None:
             assert len(features) == len(picture_rows), f"{len(features)} features, {len(picture_rows)} placeholders"
-            return embeds.index_put((picture_rows,), features.to(embeds.dtype))
+            first, *deep = features.to(embeds.dtype).split(embeds.shape[1], dim=1)
+            shown = torch.zeros(len(ids), dtype=torch.bool, device=ids.device).index_fill(0, picture_rows, True)
+            more = dict(visual_pos_masks=shown, deepstack_visual_embeds=deep) if deep else {}
+            return embeds.index_put((picture_rows,), first), more
         if self.sharded_tower or (torch.is_grad_enabled() and self.trains_vision):
             # No picture here, but other ranks may have one: a pass of weight zero keeps the collectives in step.
             merge = self.config.vision_config.spatial_merge_size
@@ -432,7 +449,11 @@ class Policy(nn.Module):
             blank = torch.zeros(merge * merge, width, device=ids.device)
             features = self.picture_features(blank, torch.tensor([[1, merge, merge]]))
             embeds = embeds + 0.0 * features.sum().to(embeds.dtype)
-        return embeds
+        return embeds, {}
+
+    def mask(self, dense: Tensor | None) -> Tensor | dict | None:
+        """A dense mask, or None for packed groups, as the family's language model takes it."""
+        return {"full_attention": dense} if FAMILIES[self.config.model_type]["mask_by_layer_type"] else dense
 
     def hidden(self, packed: Packed) -> Tensor:
         """The last hidden state of every row that predicts a completion token: (M, H)."""
@@ -440,11 +461,13 @@ class Policy(nn.Module):
         # Nothing else hangs on the mode, these models have no dropout.
         if self.language.training != (self.checkpointed > 0):
             self.model.train(self.checkpointed > 0)
-        embeds = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid, packed.features)  # (T, H)
+        embeds, more = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid, packed.features)  # (T, H)
+        if more:
+            more["visual_pos_masks"] = more["visual_pos_masks"].unsqueeze(0)
         positions = torch.cat([packed.positions[:1], packed.positions])  # (4, T): transformers wants a text row first
         hidden = self.language(
             inputs_embeds=embeds.unsqueeze(0), position_ids=positions.unsqueeze(1),
-            attention_mask={"full_attention": None}, layout=packed.layout, use_cache=False,
+            attention_mask=self.mask(None), layout=packed.layout, use_cache=False, **more,
         ).last_hidden_state.squeeze(0)  # (T, H)  # fmt: skip
         return hidden[packed.rows]
 
@@ -465,12 +488,12 @@ class Policy(nn.Module):
             return loss, seen, logp.detach(), entropy.detach()
         return linear_policy_loss(self.hidden(packed), head, packed.targets, packed.advantages, scale, **own, **settings)
 
-    def next_logits(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache) -> Tensor:
+    def next_logits(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache, **more) -> Tensor:
         """One decoding step with a cache (HFRollout). embeds (B, t, H), positions (3, B, t), mask (B, 1, t, cached + t)
         bool -> fp32 logits of the last row (B, V), banned ids at -inf."""
         hidden = self.language(
             inputs_embeds=embeds, position_ids=torch.cat([positions[:1], positions]), use_cache=True,
-            attention_mask={"full_attention": mask}, past_key_values=cache,
+            attention_mask=self.mask(mask), past_key_values=cache, **more,
         ).last_hidden_state[:, -1]  # (B, H)  # fmt: skip
         return self.model.lm_head(hidden).float().masked_fill(self.banned, float("-inf"))
 

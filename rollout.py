@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Policy, banned_ids, compute_dtype, load_model, mrope_positions, stop_ids, weights
+from model import FAMILIES, Policy, banned_ids, compute_dtype, load_model, mrope_positions, stop_ids, weights
 
 COMPACT = 0.75  # drop finished rows from the batch once so few are live: each drop copies the cache
 
@@ -139,15 +139,17 @@ class HFRollout:
             real[b, left:] = True
         pictures = [p for p in prompts if p.pixels is not None]
         picture_rows = ((ids == policy.config.image_token_id) & real).flatten().nonzero().squeeze(-1)
-        embeds = policy.embed(
+        embeds, more = policy.embed(
             ids.flatten().to(device), picture_rows.to(device),
             torch.cat([p.pixels for p in pictures]).to(device) if pictures else None,
             torch.cat([p.grid for p in pictures]) if pictures else None,
-        ).unflatten(0, ids.shape)  # (B, P, H)  # fmt: skip
+        )  # fmt: skip
+        if more:
+            more["visual_pos_masks"] = more["visual_pos_masks"].unflatten(0, ids.shape)
         mask = real[:, None, None, :] & torch.ones(longest, longest, dtype=torch.bool).tril()  # (B, 1, P, P)
         mask |= torch.eye(longest, dtype=torch.bool)  # a padded row sees itself: an empty row of softmax is nan
         cache = KVCache(longest + max_tokens)
-        logits = policy.next_logits(embeds, positions.to(device), mask.to(device), cache)
+        logits = policy.next_logits(embeds.unflatten(0, ids.shape), positions.to(device), mask.to(device), cache, **more)
         cache.used = longest
         following = positions.amax(dim=(0, 2)) + 1  # (B,)
         return logits, cache, real.to(device), following.to(device)
@@ -258,7 +260,7 @@ def engine_folder(config, processor) -> Path:
 
     Named by content and rank: vLLM's compile cache has the path in its key, so a random name compiles at every start."""
     config = copy.deepcopy(config)
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.architectures = [FAMILIES[config.model_type]["model_class"]]
     text = config.to_json_string() + processor.tokenizer.backend_tokenizer.to_str() + processor.image_processor.to_json_string()
     name = f"spatial-grpo-{os.getuid()}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{os.environ.get('LOCAL_RANK', 0)}"
     folder = Path(tempfile.gettempdir()) / name
@@ -353,7 +355,7 @@ class VLLMRollout:
         with self._watch("sleep"):
             if self.kind == "cuda" and not self.asleep:
                 # positions of up to 1,024 picture sizes, on the GPU; they would grow for ever
-                self.llm.apply_model(lambda model: type(model.visual).get_rope_by_thw.cache_clear())
+                self.llm.apply_model(forget_picture_sizes)
                 self.llm.sleep(level=self.level)
                 self.asleep = True
                 if self.resident is None:  # the first sleep comes before anything of the trainer's is allocated
@@ -414,6 +416,11 @@ class VLLMRollout:
         except Exception as error:
             self.dead = f"{phase}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise EngineDied(f"the vLLM engine died in {self.dead}; {cure}") from error
+
+
+def forget_picture_sizes(model) -> None:
+    if cached := getattr(type(model.visual), "get_rope_by_thw", None):  # Qwen2.5-VL's
+        cached.cache_clear()
 
 
 def set_engine_environment() -> None:
