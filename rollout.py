@@ -61,6 +61,7 @@ def vllm_rollout(source: str, *, processor: str | None = None, dtype: str = "aut
     rollout = VLLMRollout(
         policy.config, proc, banned=policy.banned, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens,
         dtype=str(engine_dtype).removeprefix("torch."), memory=0.9, max_sequences=max_sequences, max_images=max_images,
+        mm_processor_cache_gb=2,  # benchmarks ask several questions about one picture
     )  # fmt: skip
     rollout.wake(weights(policy, dtype=None))
     return rollout, proc
