@@ -381,37 +381,36 @@ def collect(cfg: Config, policy: Policy, rollout, processor, pool, rows: list[di
 
     Dynamic sampling draws on in the one global order, in rounds that all ranks end together, until prompts_per_step groups
     have unequal rewards; of surplus ones the last go, and the cursor moves past everything drawn."""
-    drawn, held, metrics, every = [], {}, {}, Share([], [], [], [])
-    live: list[int] = []
+    drawn, prompts, sampled, live, metrics = [], {}, {}, [], {}  # rows in global order; by number; numbers
     for round in range(cfg.max_rounds if cfg.dynamic_sampling else 1):
         first, count = len(drawn), draw_next(len(live), len(drawn), cfg.prompts_per_step, world)
         drawn += take(rows, cursor + first, count, cfg.seed)
         own = range(first + rank, len(drawn), world)
-        prompts = [encode(drawn[i], processor, **encoding(cfg)) for i in own]
+        encoded = [encode(drawn[i], processor, **encoding(cfg)) for i in own]
         clock.lap("encode")
         if round == 0:
             rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
             clock.lap("sync")
-        groups = rollout.generate(prompts, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
+        groups = rollout.generate(encoded, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
                                   temperature=cfg.temperature, seed=sampling_seed(cfg, step, rank, round))  # fmt: skip
         clock.lap("generate")
         if not cfg.dynamic_sampling:
             metrics |= fall_asleep(rollout, clock)
         totals, parts = score(pool, [drawn[i] for i in own], groups, cfg)  # (B, G)
         clock.lap("reward")
-        every.groups, every.parts = every.groups + groups, every.parts + parts
-        for n, i in enumerate(own):
-            own_parts = parts[n * cfg.group_size : (n + 1) * cfg.group_size]
-            held[i] = (groups[n], own_parts, group_tokens(prompts[n], groups[n]), prompts[n])
+        by_group = [parts[n : n + cfg.group_size] for n in range(0, len(parts), cfg.group_size)]
+        prompts |= zip(own, encoded, strict=True)
+        sampled |= zip(own, zip(groups, by_group, strict=True), strict=True)
         unequal = (totals.amax(dim=1) > totals.amin(dim=1)).tolist()
         live = sorted(live + [i for found in ranks.gather([i for i, u in zip(own, unequal) if u]) for i in found])
         if len(live) >= cfg.prompts_per_step:
             break
     if cfg.dynamic_sampling:
         metrics |= fall_asleep(rollout, clock) | {"sampling/rounds": round + 1, "sampling/drawn": len(drawn)}
-    metrics |= reward_metrics("reward", every.parts, every.groups) | {"reward/flat_groups": 1 - len(live) / len(drawn)}
-    metrics["speed/sampled_tokens"] = float(sum(ranks.gather(sum(len(c.token_ids) for group in every.groups for c in group))))
-    share = deal(cfg, drawn, held, live, processor, rank, world)
+    groups, parts = [group for group, _ in sampled.values()], [part for _, own in sampled.values() for part in own]
+    metrics |= reward_metrics("reward", parts, groups) | {"reward/flat_groups": 1 - len(live) / len(drawn)}
+    metrics["speed/sampled_tokens"] = float(sum(ranks.gather(sum(len(c.token_ids) for group in groups for c in group))))
+    share = deal(cfg, drawn, prompts, sampled, live, processor, world)
     clock.lap("balance")
     return share, cursor + len(drawn), metrics
 
@@ -430,23 +429,25 @@ def fall_asleep(rollout, clock: Clock) -> dict[str, float]:
     return found | {f"memory/after_sleep_{who}": gib for who, gib in rollout.memory().items()}
 
 
-def deal(cfg: Config, drawn: list[dict], held: dict[int, tuple], live: list[int], processor, rank: int, world: int) -> Share:
-    """The groups of the step, in global order, with each mini-batch spread over the ranks by cost (packed tokens)."""
-    if cfg.dynamic_sampling:
-        chosen = sorted([*live, *sorted(set(range(len(drawn))) - set(live))][: cfg.prompts_per_step])
-    else:
-        chosen = list(range(len(drawn)))
-    costs = {i: tokens for found in ranks.gather({i: item[2] for i, item in held.items()}) for i, tokens in found.items()}
+def deal(cfg: Config, drawn: list[dict], prompts: dict, sampled: dict, live: list[int], processor, world: int) -> Share:
+    """The groups of the step, in global order, with each mini-batch spread over the ranks by cost (packed tokens).
+
+    prompts and sampled (completions, reward parts) are this rank's own, by their number in `drawn`; number i is held by rank
+    i % world. A group that moves is encoded again where it goes: its pixels are larger than its row."""
+    chosen = list(range(len(drawn)))
+    if cfg.dynamic_sampling:  # flat ones fill what is missing
+        chosen = sorted([*live, *sorted(set(chosen) - set(live))][: cfg.prompts_per_step])
+    own = {i: group_tokens(prompts[i], group) for i, (group, _) in sampled.items()}
+    costs = {i: tokens for found in ranks.gather(own) for i, tokens in found.items()}
     owners, size = {}, cfg.prompts_per_step // cfg.mini_batches
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
         owners |= zip(part, ranks.balance([i % world for i in part], [costs[i] for i in part], world))
-    prompts = {i: item[3] for i, item in held.items()}
-    own = sorted(ranks.exchange({i: item[:2] for i, item in held.items()}, owners).items())
+    share = sorted(ranks.exchange(sampled, owners).items())
     return Share(
-        rows=[drawn[i] for i, _ in own],
-        prompts=[prompts[i] if i in prompts else encode(drawn[i], processor, **encoding(cfg)) for i, _ in own],
-        groups=[group for _, (group, _) in own], parts=[part for _, (_, parts) in own for part in parts],
+        rows=[drawn[i] for i, _ in share],
+        prompts=[prompts[i] if i in prompts else encode(drawn[i], processor, **encoding(cfg)) for i, _ in share],
+        groups=[group for _, (group, _) in share], parts=[part for _, (_, parts) in share for part in parts],
     )  # fmt: skip
 
 
