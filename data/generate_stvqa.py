@@ -15,38 +15,31 @@ there; SIGTERM and Ctrl-C let what is under way arrive first. The others are fun
 begin anew, and their files are renamed into place when whole. The same files and seed give the same data, on every machine.
 """
 
-import fcntl
 import hashlib
 import io
 import json
-import os
 import sys
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from PIL import Image
 
-import providers
 import runs
-from data.dataset import encode
 from data.pictures import open_picture, to_rgb
 from data.rows import write_stvqa
 from data.scene_graphs import Graph, read_graphs
-from data.stvqa_items import Balance, checked, hash_seed, read_items, read_letter, vote
+from data.stvqa_calls import LOCAL, Caller, collect, estimate, picture_tokens, ticker, until_stopped
+from data.stvqa_folder import appending, file_of, needed, record_at, records_of, replacing, settings_of
+from data.stvqa_items import Balance, checked, read_items, read_letter, vote
 from data.stvqa_page import statistics, table, view_page
 from data.stvqa_prompts import VERIFIER, verifier_prompt, writer_prompt, writer_system
 from data.stvqa_selection import choose
 from data.stvqa_templates import write_items
 from providers import PROVIDERS, Reply, Request
-
-LOCAL = ("hf", "vllm")
 
 
 @dataclass(frozen=True)
@@ -126,27 +119,10 @@ def check_config(cfg: Config) -> Config:
 # ---------------------------------------------------------------- the folder
 
 
-def file_of(cfg: Config, name: str) -> Path:
-    """out/NAME.jsonl, which must be there unless it is the stage's own."""
-    return Path(cfg.out) / f"{name}.jsonl"
-
-
-def needed(cfg: Config, name: str, stage: str) -> Path:
-    path = file_of(cfg, name)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there: run {stage} --out {cfg.out} first")
-    return path
-
-
-def settings_of(cfg: Config) -> dict:
-    path = Path(cfg.out) / "settings.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def with_source(cfg: Config) -> Config:
-    """The config with graphs, pictures and scene seed of the questions in `out`, where some are there."""
-    saved = settings_of(cfg).get("write")
-    if saved is None:
+    """The config with graphs and pictures of the questions in `out`, where some are there."""
+    saved, written = settings_of(cfg.out).get("write"), file_of(cfg.out, "written")
+    if saved is None or not (written.is_file() and written.stat().st_size):
         if cfg.graphs is None:
             raise ValueError("--graphs is missing: give scene_graphs.json, a VG150 or COCO file, or scenes:hard")
         return replace(cfg, limit=cfg.limit or (1000 if cfg.graphs.startswith("scenes") else None))
@@ -156,57 +132,9 @@ def with_source(cfg: Config) -> Config:
     return replace(cfg, graphs=saved["graphs"], images=cfg.images or saved["images"], limit=limit)
 
 
-@contextmanager
-def appending(cfg: Config, stage: str, name: str, settings: dict) -> Iterator[Path]:
-    """The stage's file, ours alone until the end, its torn last line cut off. ValueError, one line, if its lines were
-    made with other settings, or another process has it."""
-    path = file_of(cfg, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing it: wait, or choose another --out") from None
-        saved, settings = settings_of(cfg), json.loads(json.dumps(settings))
-        old = saved.get(stage)
-        if old is not None and path.stat().st_size and old != settings:
-            changed = [f"{key} was {old.get(key)!r}, now {new!r}" for key, new in settings.items() if old.get(key) != new]
-            raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}): give the old ones, or "
-                             "choose another --out")  # fmt: skip
-        content = json.dumps({**saved, stage: settings}, indent=1)
-        runs.replace_file(path.with_name("settings.json"), content.encode())
-        runs.cut_torn_line(path)
-        yield path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a line; the file is renamed into place when all went well."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb", buffering=1 << 20) as file:
-        yield lambda record: file.write(runs.json_lines([record]))
-    os.replace(partial, path)
-
-
-def records_of(path: Path) -> Iterator[tuple[int, dict]]:
-    """(offset, record) of each whole line, one at a time. ValueError naming a line that is no record with an id."""
-    at = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # torn by a kill
-            try:
-                record = json.loads(line)
-                record["id"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: no record of this stage: delete the line") from None
-            yield at, record
-            at += len(line)
-
-
-def record_at(file, offset: int) -> dict:
-    file.seek(offset)
-    return json.loads(file.readline())
+def caller(cfg: Config, provider: str, model: str, base_url: str | None) -> Caller:
+    same = ("max_tokens", "parallel", "attempts", "timeout", "price", "batch", "device", "seed")
+    return Caller(provider, model, base_url, **{key: getattr(cfg, key) for key in same})
 
 
 def graphs_in(cfg: Config, wanted: Iterable[str]) -> Iterator[Graph]:
@@ -222,127 +150,25 @@ def graphs_in(cfg: Config, wanted: Iterable[str]) -> Iterator[Graph]:
         print(f"{len(left)} graphs of {cfg.out} are not in {cfg.graphs} any more, or without a picture: {min(left)} ...")
 
 
-def ticker(every: float = 5.0) -> Callable[[Callable[[], str]], None]:
-    """A function that prints a line about where we are, at most every few seconds."""
-    shown = [time.monotonic()]
-
-    def tick(text: Callable[[], str]) -> None:
-        if time.monotonic() - shown[0] >= every:
-            shown[0] = time.monotonic()
-            print(text(), file=sys.stderr, flush=True)
-
-    return tick
-
-
-# ---------------------------------------------------------------- asking
-
-
-def ask(cfg: Config, provider: str, model: str, url: str | None, requests: Iterator[Request]) -> Iterator[list[Reply]]:
-    """Replies in the order in which they come, several together where they were made together."""
-    if provider in LOCAL:
-        yield from ask_local(cfg, provider, model, requests)
-        return
-    limits = {"parallel": cfg.parallel, "attempts": cfg.attempts, "timeout": cfg.timeout}
-    for reply in providers.ask(requests, provider=provider, model=model, base_url=url, **limits):
-        yield [reply]
-
-
-def ask_local(cfg: Config, provider: str, model: str, requests: Iterator[Request]) -> Iterator[list[Reply]]:
-    """A checkpoint in this process answers, through the rollout that training samples with."""
-    runs.check_shadowed_kernels()  # before transformers is imported
-    from rollout import hf_rollout, vllm_rollout  # here: the other writers need no model code
-
-    if provider == "hf":
-        rollout, processor = hf_rollout(model, device=cfg.device)
-    else:
-        rollout, processor = vllm_rollout(model, device=cfg.device, max_prompt_tokens=16384, max_tokens=cfg.max_tokens,
-                                          max_sequences=cfg.batch, max_images=1)  # fmt: skip
-    while some := list(islice(requests, cfg.batch)):
-        prompts = [encode(local_row(request), processor, style="row") for request in some]
-        settings = {"max_tokens": cfg.max_tokens, "temperature": some[0].temperature or 0.0}
-        groups = rollout.generate(prompts, n=1, seed=hash_seed(str(cfg.seed), some[0].id), **settings)
-        yield [
-            Reply(request.id, c.text, "stop" if c.finished else "length", len(prompt.expanded), len(c.token_ids), 1)
-            for request, prompt, [c] in zip(some, prompts, groups, strict=True)
-        ]
-
-
-def local_row(request: Request) -> dict:
-    text = f"{request.system}\n\n{request.text}" if request.system else request.text
-    return {"id": request.id, "images": list(request.images), "question": text, "options": [], "size": None,
-            "problem": text, "style": "row", "meta": {}}  # fmt: skip
-
-
-def collect(cfg: Config, path: Path, replies: Iterator[list[Reply]], line: Callable[[Reply], dict]) -> None:
-    """Appends a line a reply as they come, a failed one with its error, and prints what was spent."""
-    total, tick = Counter(), ticker()
-    for some in replies:
-        runs.append_lines(path, [line(reply) | spent(reply) for reply in some])
-        for reply in some:
-            total += Counter(calls=1, failed=int(reply.error is not None), retries=max(reply.attempts - 1, 0),
-                             tokens_in=reply.tokens_in or 0, tokens_out=reply.tokens_out or 0)  # fmt: skip
-        tick(lambda: f"{path.stem}: {total['calls']} calls, {total['failed']} failed")
-    model = cfg.verifier_model if path.stem == "verified" else cfg.model
-    dollars = providers.cost(model or "", total["tokens_in"], total["tokens_out"], cfg.price)
-    print(f"{path}: {total['calls']} calls, {total['failed']} failed, {total['retries']} retries, "
-          f"{total['tokens_in']} tokens in, {total['tokens_out']} out"
-          + (f", {dollars:.2f} dollars" if dollars is not None else ""))  # fmt: skip
-    if total["failed"]:
-        print("what failed was not answered, and is asked again by the same command")
-
-
-def spent(reply: Reply) -> dict:
-    return {"error": reply.error} if reply.error else {"tokens": [reply.tokens_in, reply.tokens_out]}
-
-
-def until_stopped(requests: Iterator, stop: runs.StopSignal) -> Iterator:
-    for request in requests:
-        if stop.requested:
-            return
-        yield request
-
-
-def estimate(cfg: Config, what: str, model: str, calls: Iterable[tuple[int, int]], *, at_most: int = 1) -> None:
-    """Prints the number of calls, tokens and dollars. calls: (characters, picture tokens) of each; four characters are
-    taken for a token."""
-    n = characters = pictures = 0
-    for text, picture in calls:
-        n, characters, pictures = n + 1, characters + text, pictures + picture
-    tokens_in, tokens_out = characters // 4 + pictures, n * (10 if what == "verify" else 110 * cfg.questions)
-    dollars = providers.cost(model, tokens_in, tokens_out, cfg.price)
-    price = "price unknown: give --price IN OUT" if dollars is None else f"about {dollars:.2f} dollars"
-    print(f"{what}: {n} calls, about {tokens_in} tokens in and {tokens_out} out, {price}")
-    if at_most > 1:
-        print(f"that is for one try each; at the most {at_most} times as much")
-
-
-def picture_tokens(size: tuple[int, int], provider: str) -> int:
-    """As the providers' pages say: a 750th of the pixels (Anthropic), 85 and 170 a tile of 512 (OpenAI)."""
-    if provider == "openai":
-        scale = min(1, 2048 / max(size), 768 / min(size))
-        return 85 + 170 * -(-int(size[0] * scale) // 512) * -(-int(size[1] * scale) // 512)
-    return min(1600, size[0] * size[1] // 750)
-
-
 # ---------------------------------------------------------------- write
 
 
 def write(cfg: Config) -> None:
     """One reply for each graph that has none yet. A reply counts as given however malformed: it was paid for."""
-    source = Path(cfg.graphs)
-    digest = None
+    if cfg.dry_run:
+        estimate_write(cfg)
+        return
+    source, digest = Path(cfg.graphs), None
     if source.is_file():
         with open(source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     prompt = hashlib.sha256(writer_system().encode()).hexdigest()[:16] if cfg.writer != "template" else None
     keys = ("graphs", "images", "seed", "writer", "model", "questions", "temperature", "max_tokens", "relation_percent")
     settings = {key: getattr(cfg, key) for key in keys} | {"content of graphs": digest, "prompt": prompt}
-    settings["relation_percent"] = cfg.relation_percent if cfg.writer == "template" else None
+    if cfg.writer != "template":
+        del settings["relation_percent"]
     done, balance, skipped = set(), Balance(), Counter()
-    if cfg.dry_run:
-        estimate_write(cfg)
-        return
-    with appending(cfg, "write", "written", settings) as path:
+    with appending(cfg.out, "write", "written", settings) as path:
         for _, record in records_of(path):
             if "text" in record:
                 done.add(record["id"])
@@ -385,7 +211,7 @@ def write_by_model(cfg: Config, path: Path, graphs: Iterator[Graph], balance: Ba
         for graph in until_stopped(graphs, stop)
     )  # fmt: skip
     try:
-        collect(cfg, path, ask(cfg, cfg.writer, cfg.model, cfg.base_url, requests), line)
+        collect(caller(cfg, cfg.writer, cfg.model, cfg.base_url), path, requests, line)
     finally:
         stop.restore()
     if stop.requested:
@@ -393,14 +219,15 @@ def write_by_model(cfg: Config, path: Path, graphs: Iterator[Graph], balance: Ba
 
 
 def estimate_write(cfg: Config) -> None:
-    path, system = file_of(cfg, "written"), len(writer_system())
+    path, system = file_of(cfg.out, "written"), len(writer_system())
     done = {record["id"] for _, record in records_of(path) if "text" in record} if path.is_file() else set()
     graphs = read_graphs(cfg.graphs, cfg.images, limit=cfg.limit, seed=cfg.seed)
     texts = (writer_prompt(graph, Balance(), n=cfg.questions) for graph in graphs if graph.id not in done)
     if cfg.writer == "template":
         print(f"write: {sum(1 for _ in texts)} graphs, no calls: --writer template costs nothing")
     else:
-        estimate(cfg, "write", cfg.model, ((system + len(text), 0) for text in texts))
+        who = caller(cfg, cfg.writer, cfg.model, cfg.base_url)
+        estimate(who, "write", ((system + len(text), 0) for text in texts), tokens_out=110 * cfg.questions)
 
 
 # ---------------------------------------------------------------- check, select
@@ -408,11 +235,11 @@ def estimate_write(cfg: Config) -> None:
 
 def check(cfg: Config) -> None:
     """Each question on its own: one that is malformed, or says what its graph does not, costs itself."""
-    path = needed(cfg, "written", "write")
+    path = needed(cfg.out, "written", "write")
     replies = {record["id"]: at for at, record in records_of(path) if "text" in record}
     kept, why = Counter(), Counter()
-    with open(path, "rb") as file, replacing(file_of(cfg, "checked")) as keep, \
-            replacing(file_of(cfg, "rejected")) as reject:  # fmt: skip
+    with open(path, "rb") as file, replacing(file_of(cfg.out, "checked")) as keep, \
+            replacing(file_of(cfg.out, "rejected")) as reject:  # fmt: skip
         for graph in graphs_in(cfg, replies):
             record, seen = record_at(file, replies[graph.id]), set()
             problem, items = picture_problem(graph), read_items(record["text"])
@@ -432,7 +259,7 @@ def check(cfg: Config) -> None:
                 seen.add(good["id"])
                 kept[good["category"]] += 1
                 keep(good)
-    print(f"{file_of(cfg, 'checked')}: {kept.total()} questions kept, {why.total()} rejected; "
+    print(f"{file_of(cfg.out, 'checked')}: {kept.total()} questions kept, {why.total()} rejected; "
           + ", ".join(f"{name} {n}" for name, n in kept.most_common()))  # fmt: skip
     for reason, n in why.most_common(10):
         print(f"  rejected {n}: {reason}")
@@ -454,7 +281,7 @@ def picture_problem(graph: Graph) -> str | None:
 
 
 def select(cfg: Config) -> None:
-    path = needed(cfg, "checked", "check")
+    path = needed(cfg.out, "checked", "check")
     keys = ("id", "graph", "category", "rating")
     items = [{key: record[key] for key in keys} for _, record in records_of(path)]
     if cfg.verified:
@@ -463,7 +290,7 @@ def select(cfg: Config) -> None:
     chosen = choose(items, target=cfg.target, relation_percent=cfg.relation_percent, val_split=cfg.val_split,
                     seed=cfg.seed)  # fmt: skip
     counts = {"train": Counter(), "val": Counter()}
-    with replacing(file_of(cfg, "selected")) as keep:
+    with replacing(file_of(cfg.out, "selected")) as keep:
         for _, record in records_of(path):
             if split := chosen.get(record["id"]):
                 counts[split][record["category"]] += 1
@@ -480,7 +307,7 @@ def select(cfg: Config) -> None:
 def votes_of(cfg: Config) -> dict[str, list[str]]:
     """{item id: ["agrees", "differs", ...]} in the order of the tries."""
     votes = defaultdict(list)
-    for _, record in records_of(needed(cfg, "verified", "verify")):
+    for _, record in records_of(needed(cfg.out, "verified", "verify")):
         if "error" not in record:
             votes[record["item"]].append("agrees" if record["agrees"] else "differs")
     return votes
@@ -488,7 +315,7 @@ def votes_of(cfg: Config) -> dict[str, list[str]]:
 
 def verify(cfg: Config) -> None:
     """Round by round: everything open is asked once, what no try agreed with again. A call that failed is no vote."""
-    selected = needed(cfg, "selected", "select")
+    selected = needed(cfg.out, "selected", "select")
     at: dict[str, list[int]] = defaultdict(list)  # graph id -> offsets of its items
     golds = {}
     for offset, record in records_of(selected):
@@ -508,15 +335,12 @@ def verify(cfg: Config) -> None:
         made = {"id": reply.id, "item": item}
         return made if reply.error else made | {"text": reply.text, "letter": letter, "agrees": letter == gold}
 
-    stop = runs.stop_on_signals()
-    with appending(cfg, "verify", "verified", settings) as path, open(selected, "rb") as file:
+    stop, who = runs.stop_on_signals(), caller(cfg, cfg.verifier, cfg.verifier_model, cfg.verifier_url)
+    with appending(cfg.out, "verify", "verified", settings) as path, open(selected, "rb") as file:
         try:
             for round_ in range(cfg.tries):
                 requests = until_stopped(verify_requests(cfg, file, at, votes_of(cfg), round_), stop)
-                first = next(requests, None)
-                if first is not None:  # else no model need be loaded, no server be there
-                    replies = ask(cfg, cfg.verifier, cfg.verifier_model, cfg.verifier_url, chain([first], requests))
-                    collect(cfg, path, replies, line)
+                collect(who, path, requests, line)
         finally:
             stop.restore()
         votes = votes_of(cfg)
@@ -539,14 +363,15 @@ def verify_requests(cfg: Config, file, at: dict, votes: dict, round_: int) -> It
 
 
 def estimate_verify(cfg: Config, selected: Path, at: dict) -> None:
-    asked = votes_of(cfg) if file_of(cfg, "verified").is_file() else {}
+    asked = votes_of(cfg) if file_of(cfg.out, "verified").is_file() else {}
     with open(selected, "rb") as file:
         calls = (
             (len(verifier_prompt(item)), picture_tokens(graph.size, cfg.verifier))
             for graph in graphs_in(cfg, at) for item in [record_at(file, offset) for offset in at[graph.id]]
             if vote("agrees", asked.get(item["id"], []), tries=cfg.tries)[0] is None
         )  # fmt: skip
-        estimate(cfg, "verify", cfg.verifier_model, calls, at_most=cfg.tries)
+        who = caller(cfg, cfg.verifier, cfg.verifier_model, cfg.verifier_url)
+        estimate(who, "verify", calls, tokens_out=10, at_most=cfg.tries)
 
 
 # ---------------------------------------------------------------- pack, stats, view
@@ -554,7 +379,9 @@ def estimate_verify(cfg: Config, selected: Path, at: dict) -> None:
 
 def pack(cfg: Config) -> None:
     """train and val parquet in the STVQA-7K columns; a row group at a time, whatever the number of rows."""
-    path = needed(cfg, "selected", "select")
+    path = needed(cfg.out, "selected", "select")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: no question was kept: rejected.jsonl and verified.jsonl beside it say why")
     for split in ("train", "val"):
         at: dict[str, list[int]] = defaultdict(list)
         for offset, record in records_of(path):

@@ -150,9 +150,9 @@ def names_said(text: str, graph: Graph) -> list[str]:
 def repaired_count(question: str, options: list[str], gold: int, graph: Graph, said: list[str]) -> tuple[list[str], int]:
     """Options and gold that say how many there are. The number counts what stands behind 'how many', and where the
     question ties it to another object, those with a relation to that; not, as upstream, all objects of the question."""
-    _, _, rest = question.lower().partition("how many")
-    asked = next((name for name, *_ in mentions(rest, said)), None)
-    if asked is None:
+    rest = re.sub(r"^(\s*(of|the|visible|different|separate))+\b", "", question.lower().partition("how many")[2])
+    asked, start, _ = next(iter(mentions(rest, said)), (None, 0, 0))
+    if asked is None or start > 0:  # 'red cups' and 'wheels of the bus' are not counted in a graph of cups and buses
         raise ValueError("a count that does not say how many of what")
     things = objects_called(graph, asked)
     if any(name_key(name) == name_key(asked) for name in graph.uncounted):

@@ -8,13 +8,15 @@ Of the questions that a graph supports the one is taken whose category, then who
 no, left and right stay even, and a blind guess stays near chance.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations, permutations
 
 from data.drawing import CELLS, Draw, cell, centre
 from data.scene_graphs import Graph, area, direction
 from data.stvqa_items import CATEGORIES, Balance, gap, hash_seed, share
-from data.words import GROUPS, canonical, confusable, group_of, label, name_key, plural, with_article
+from data.words import GROUPS, OPPOSITE, canonical, confusable, group_of, label, name_key, plural, with_article
 
 # Parts, clothing, background and print: poor things to ask about (spec 3.3, salience).
 DULL = frozenset(
@@ -39,6 +41,7 @@ VERBS = {"holding": "holding", "carrying": "carrying", "riding": "riding", "usin
          "touching": "touching"}  # fmt: skip
 FACING = ("facing", "facing towards", "looking at", "watching")
 DIRECTIONS = ("left of", "right of", "above", "below")
+SIDES = frozenset(GROUPS[where] for where in DIRECTIONS)
 
 
 class Names:
@@ -87,7 +90,7 @@ def inside(a: dict, b: dict) -> float:
 def relation(names: Names, draw: Draw) -> Iterator[tuple]:
     for (a, one), (b, other) in permutations(names.alone.items(), 2):
         where = direction(one["bbox"], other["bbox"])
-        if where:
+        if where and not names.groups(one, other) & SIDES - {GROUPS[where], OPPOSITE[GROUPS[where]]}:
             yield f"In the picture, where is the {a} with respect to the {b}?", DIRECTIONS, where
     if names.graph.boxes_only:
         return
@@ -108,12 +111,13 @@ def annotated(names: Names, a: str, b: str, predicate: str, group: str) -> Itera
         return  # the boxes contradict the annotator
     if group in ("above", "below") and direction(one["bbox"], other["bbox"]) != group:
         return  # they do not say it as plainly
-    close = gap(one, other, names.graph) < 0.05
-    wrong = [o for o in WRONG[group] if GROUPS[o] not in names.groups(one, other) and (o != "far from" or close)]
+    close, said = gap(one, other, names.graph) < 0.05, names.groups(one, other)
+    wrong = [o for o in WRONG[group] if o != "far from" or close]
     if group in ("front", "behind"):
-        wrong = [*WRONG[group], *refuted(one, other)]
-        if len(names.groups(one, other) & {"front", "behind"}) > 1:
-            return  # both were annotated
+        wrong += refuted(one, other)
+        if {"front", "behind"} <= said:
+            return  # said the one way by one annotator and the other way by another, or in both directions
+    wrong = [option for option in wrong if GROUPS[option] not in said]
     if wrong:
         yield f"Where is the {a} with respect to the {b}?", [predicate, *wrong], predicate
 
@@ -278,14 +282,18 @@ FIXED = ({"yes", "no"}, {"left", "right"}, set(DIRECTIONS), {"from left to right
 
 
 def write_items(graph: Graph, balance: Balance, *, n: int, relation_percent: float, seed: int) -> list[dict]:
-    """Up to n items of a graph, each of another category as long as there are others; `balance` is not changed."""
+    """Up to n items of a graph; `balance` is not changed. No more than relation_percent of them are relations and each
+    other category comes once, unless nothing else is left to ask."""
     names, draw = Names(graph), Draw(hash_seed(str(seed), graph.id))
     wanted = {c: (100 - relation_percent) / 8 if c != "relation" else relation_percent for c in CATEGORIES}
     counts = dict(balance.categories)
+    most = {c: 1 if c != "relation" else max(1, math.ceil(n * relation_percent / 100)) for c in CATEGORIES}
     items, asked = [], set()
     candidates: dict[str, list] = {}
     while len(items) < n:
-        order = sorted((c for c in CATEGORIES if wanted[c] > 0), key=lambda c: counts.get(c, 0) / wanted[c])
+        here = Counter(item["category"] for item in items)
+        order = sorted((c for c in CATEGORIES if wanted[c] > 0),
+                       key=lambda c: (here[c] >= most[c], counts.get(c, 0) / wanted[c]))  # fmt: skip
         for category in order:
             if category not in candidates:
                 candidates[category] = list(WRITERS[category](names, draw))
