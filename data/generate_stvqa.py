@@ -48,7 +48,7 @@ class Config:
     out: str = "runs/stvqa"  # folder of everything that is made
     graphs: str | None = None  # scene_graphs.json, a VG150 or COCO file, or scenes:LEVEL; later stages know it from write
     images: str | None = None  # folder of the pictures; left out: that of the graphs
-    limit: int | None = None  # first graphs only (for scenes how many to draw, 1000 if left out); raise it to go on
+    limit: int | None = None  # first graphs only (scenes: how many to draw, 1000 if left out); raise it to go on with more
     seed: int = 1
     dry_run: bool = False  # write, verify: print the number of calls and their price, ask nothing
 
@@ -120,7 +120,7 @@ def check_config(cfg: Config) -> Config:
 
 
 def with_source(cfg: Config) -> Config:
-    """The config with graphs and pictures of the questions in `out`, where some are there."""
+    """The config with graphs, pictures and limit of the questions in `out`, where some are there."""
     saved, written = settings_of(cfg.out).get("write"), file_of(cfg.out, "written")
     if saved is None or not (written.is_file() and written.stat().st_size):
         if cfg.graphs is None:
@@ -128,8 +128,7 @@ def with_source(cfg: Config) -> Config:
         return replace(cfg, limit=cfg.limit or (1000 if cfg.graphs.startswith("scenes") else None))
     if cfg.graphs not in (None, saved["graphs"]):
         raise ValueError(f"{cfg.out} holds questions about {saved['graphs']}: give that as --graphs, or another --out")
-    limit = cfg.limit or (1000 if saved["graphs"].startswith("scenes") else None)
-    return replace(cfg, graphs=saved["graphs"], images=cfg.images or saved["images"], limit=limit)
+    return replace(cfg, graphs=saved["graphs"], images=cfg.images or saved["images"], limit=cfg.limit or saved["limit"])
 
 
 def caller(cfg: Config, provider: str, model: str, base_url: str | None) -> Caller:
@@ -163,7 +162,7 @@ def write(cfg: Config) -> None:
         with open(source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     prompt = hashlib.sha256(writer_system().encode()).hexdigest()[:16] if cfg.writer != "template" else None
-    keys = ("graphs", "images", "seed", "writer", "model", "questions", "temperature", "max_tokens", "relation_percent")
+    keys = ("graphs", "images", "limit", "seed", "writer", "model", "questions", "temperature", "max_tokens", "relation_percent")
     settings = {key: getattr(cfg, key) for key in keys} | {"content of graphs": digest, "prompt": prompt}
     if cfg.writer != "template":
         del settings["relation_percent"]

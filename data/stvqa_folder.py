@@ -40,7 +40,8 @@ def appending(out: str, stage: str, name: str, settings: dict) -> Iterator[Path]
             raise ValueError(f"{path}: another process is writing it: wait, or choose another --out") from None
         saved, settings = settings_of(out), json.loads(json.dumps(settings))
         old = saved.get(stage, settings)
-        differ = [key for key in settings if old.get(key) != settings[key] and key != "images"]  # they may have moved
+        free = ("images", "limit")  # pictures may have moved, and more graphs are asked about by raising the limit
+        differ = [key for key in settings if old.get(key) != settings[key] and key not in free]
         changed = [f"{key} was {old.get(key)!r}, now {settings[key]!r}" for key in differ]
         if changed and path.stat().st_size:
             raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}): give the old ones, or "

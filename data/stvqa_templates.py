@@ -25,17 +25,19 @@ DULL = frozenset(
     reflection edge corner part side top bottom front back end middle piece row group area section surface background
     foreground scene view picture image photo shirt t_shirt pant jean short shoe sneaker hat cap jacket coat sock glove
     sunglass glass uniform jersey dress skirt suit tie belt watch sky ground grass floor wall ceiling air cloud water
-    weather day night sun light color lid strap cord wire pole post nostril knee elbow wrist chest lap waist
+    weather day night sun color lid strap cord wire pole post nostril knee elbow wrist chest lap waist
     """.replace("_", " ").split()
 )
 # Of these two in one picture differ little in the world, so that the one that looks twice as long is the nearer.
 SIMILAR = frozenset("car bus train truck horse cow sheep elephant zebra giraffe bicycle motorcycle chair person".split())
-WRONG = {  # beside a relation of the first group, options that cannot hold as well
-    "on": ("under", "behind", "far from"), "below": ("on top of", "above", "inside"), "above": ("below", "inside"),
-    "behind": ("in front of",), "front": ("behind",),  # and sides on which the thing is not
-    "inside": ("outside", "under", "far from"), "near": ("far from", "on top of", "inside"),
-}  # fmt: skip
-LOOSE = {"over", "walking in", "growing on", "mounted on", "painted on", "at", "with", "close", "alongside", "on back of"}
+# The annotated relations that are asked about, each by one word that stands for all of its kind, and the words that it
+# excludes. All of them are right somewhere: an option that never is would give the others away.
+ASKED = {"on": "on", "sitting on": "on", "standing on": "on", "lying on": "on", "laying on": "on", "riding": "on",
+         "parked on": "on", "on top of": "on", "under": "under", "beneath": "under", "next to": "next to",
+         "beside": "next to", "in": "inside", "inside": "inside", "in front of": "in front of", "behind": "behind",
+         "at the back of": "behind"}  # fmt: skip
+WRONG = {"on": ("under", "behind", "next to"), "under": ("on", "inside"), "next to": ("on", "under", "inside"),
+         "inside": ("under", "behind", "next to"), "in front of": ("behind",), "behind": ("in front of",)}  # fmt: skip
 VERBS = {"holding": "holding", "carrying": "carrying", "riding": "riding", "using": "using", "eating": "eating",
          "leaning against": "leaning against", "sitting on": "sitting on", "standing on": "standing on",
          "touching": "touching"}  # fmt: skip
@@ -59,7 +61,7 @@ class Names:
         }  # fmt: skip
         self.alone = {
             name: things[0] for name, things in self.by_name.items()
-            if name in self.clear and len(things) == 1 and not set(name_key(name)) & DULL
+            if name in self.clear and len(things) == 1 and name_key(name)[-1] not in DULL
             and name_key(name)[-1] not in ("crowd", "group", "couple", "team", "family")
             and plural(name) != name and 0.002 < share(things[0], graph) < 0.9
         }  # fmt: skip
@@ -96,30 +98,24 @@ def relation(names: Names, draw: Draw) -> Iterator[tuple]:
         return
     by_id = {thing["id"]: name for name, thing in names.alone.items()}
     for r in names.graph.relations:
-        predicate, group = canonical(r["predicate"]), group_of(r["predicate"])
-        if r["subject"] in by_id and r["object"] in by_id and group in WRONG and predicate not in LOOSE:
-            a, b = by_id[r["subject"]], by_id[r["object"]]
-            yield from annotated(names, a, b, "inside" if predicate == "in" else predicate, group)
-            if group in ("front", "behind"):  # or "in front of" would be right whenever it is an option
-                yield from annotated(names, b, a, *(("behind", "behind") if group == "front" else ("in front of", "front")))
+        if r["subject"] in by_id and r["object"] in by_id and canonical(r["predicate"]) in ASKED:
+            a, b, gold = by_id[r["subject"]], by_id[r["object"]], ASKED[canonical(r["predicate"])]
+            yield from annotated(names, a, b, gold)
+            if gold in ("in front of", "behind"):
+                yield from annotated(names, b, a, RIVAL[gold])
 
 
-def annotated(names: Names, a: str, b: str, predicate: str, group: str) -> Iterator[tuple]:
+def annotated(names: Names, a: str, b: str, gold: str) -> Iterator[tuple]:
     """A relation that somebody saw, among others that it excludes or that the boxes refute."""
     one, other = names.alone[a], names.alone[b]
-    if group == "on" and centre(one["bbox"])[1] >= centre(other["bbox"])[1]:
-        return  # the boxes contradict the annotator
-    if group in ("above", "below") and direction(one["bbox"], other["bbox"]) != group:
-        return  # they do not say it as plainly
-    close, said = gap(one, other, names.graph) < 0.05, names.groups(one, other)
-    wrong = [o for o in WRONG[group] if o != "far from" or close]
-    if group in ("front", "behind"):
-        wrong += refuted(one, other)
-        if {"front", "behind"} <= said:
-            return  # said the one way by one annotator and the other way by another, or in both directions
-    wrong = [option for option in wrong if GROUPS[option] not in said]
+    lower = centre(one["bbox"])[1] - centre(other["bbox"])[1]
+    said, seen = names.groups(one, other), GROUPS.get(direction(one["bbox"], other["bbox"]))
+    if (gold == "on" and lower >= 0) or (gold == "under" and lower <= 0) or {"front", "behind"} <= said:
+        return  # the boxes contradict the annotator, or one annotator another
+    wrong = [*WRONG[gold], *(refuted(one, other) if gold in ("in front of", "behind") else ())]
+    wrong = [option for option in wrong if GROUPS[option] not in said and GROUPS[option] != seen]
     if wrong:
-        yield f"Where is the {a} with respect to the {b}?", [predicate, *wrong], predicate
+        yield f"Where is the {a} with respect to the {b}?", [gold, *wrong], gold
 
 
 def refuted(a: dict, b: dict) -> list[str]:
@@ -164,7 +160,7 @@ def count(names: Names, draw: Draw) -> Iterator[tuple]:
     for name, things in names.by_name.items():
         n = len(things)
         small = min(share(thing, names.graph) for thing in things) < 0.0005
-        if name in names.clear and 2 <= n <= 9 and not small and not set(name_key(name)) & DULL and plural(name) != name:
+        if name in names.clear and 2 <= n <= 9 and not small and name_key(name)[-1] not in DULL and plural(name) != name:
             lowest = max(1, n - draw.below(4))  # gold stands at any place among the four
             yield f"How many {plural(name)} are there?", [str(lowest + i) for i in range(4)], str(n)
 
@@ -273,12 +269,13 @@ def opposed(a: dict, b: dict, c: dict) -> bool:
     return (bx - ax) * (cx - ax) + (by - ay) * (cy - ay) < 0
 
 
-# Which function, and how unevenly the answers of two may be used before the commoner one has to wait.
+# Which function; answers of which a guesser must not prefer one, and by how many one may lead before it has to wait.
 WRITERS = dict(zip(CATEGORIES, (relation, reach, size, orientation, instance_location, depth, distance, count, existence),
                    strict=True))  # fmt: skip
 SLACK = 3
-FIXED = ({"yes", "no"}, {"left", "right"}, set(DIRECTIONS), {"from left to right", "from top to bottom"},
-         {"the one on the left", "the one on the right"})  # fmt: skip
+PAIRS = (("yes", "no"), ("left", "right"), ("left of", "right of"), ("above", "below"), ("in front of", "behind"),
+         ("from left to right", "from top to bottom"), ("the one on the left", "the one on the right"))  # fmt: skip
+RIVAL = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 
 
 def write_items(graph: Graph, balance: Balance, *, n: int, relation_percent: float, seed: int) -> list[dict]:
@@ -320,8 +317,10 @@ def least_used(candidates: list, category: str, balance: Balance, items: list, a
     for question, options, gold in candidates:
         if question in asked:
             continue
-        rivals = [used(option) for option in options if option != gold]
-        most = min(rivals) if set(options) in FIXED else max(rivals) if category == "count" else used(gold)
+        if category == "count":  # small numbers are commoner than large ones
+            most = max(used(option) for option in options if option != gold)
+        else:
+            most = used(RIVAL[gold]) if RIVAL.get(gold) in options else used(gold)
         if used(gold) <= most + SLACK:
             fresh.append((used(gold), question, options, gold))
     if not fresh:

@@ -288,6 +288,9 @@ def truth(question: str, options: list[str], boxes: dict[str, list], relations: 
         return next(name for name in options if any(a == name and b in options for a, p, b in relations if p == "in front of"))
     if question.startswith("Does"):
         return "yes" if any({a, b} == set(said) for a, p, b in relations if p == "touching") else "no"
+    if question.endswith("touching?"):
+        [met] = [name for name in options if any({a, b} == {said[0], name} and p == "touching" for a, p, b in relations)]
+        return met
     return None
 
 
@@ -325,9 +328,13 @@ def test_the_writer_keeps_shares_and_answers_even_and_repeats_itself():
 
 
 def test_several_questions_a_picture_are_of_several_kinds():
+    whole = 0
     for _, items in written("scenes:hard", 30, questions=4):
-        assert len({one["question"] for one in items}) == len(items) == 4
-        assert len({one["category"] for one in items}) >= 3
+        assert len({one["question"] for one in items}) == len(items)
+        if len(items) == 4:
+            assert Counter(one["category"] for one in items)["relation"] <= 2
+            whole += len({one["category"] for one in items}) >= 3
+    assert whole >= 20
 
 
 def test_only_what_can_mean_one_object_is_asked_about_by_name():
@@ -348,14 +355,14 @@ def test_annotated_relations_are_asked_with_options_that_they_exclude():
         for one in new:
             balance.add(one)
     answers = {(one["question"], one["options"]["ABCD".index(one["answer"])]) for one in items}
-    assert ("Where is the cat with respect to the table?", "sitting on") in answers
+    assert ("Where is the cat with respect to the table?", "on") in answers
     assert ("Where is the tree with respect to the table?", "behind") in answers
     assert ("Where is the table with respect to the tree?", "in front of") in answers
     assert ("Which is closer to the camera, the table or the tree?", "table") in answers or (
         "Which is closer to the camera, the tree or the table?", "table") in answers  # fmt: skip
     for one in items:
         if one["question"] == "Where is the cat with respect to the table?":
-            assert not set(one["options"]) & {"on", "above", "on top of", "near"}
+            assert not set(one["options"]) & {"above", "sitting on", "near"}
         checked(one, g)
 
 
