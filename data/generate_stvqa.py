@@ -162,7 +162,8 @@ def write(cfg: Config) -> None:
         with open(source, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     prompt = hashlib.sha256(writer_system().encode()).hexdigest()[:16] if cfg.writer != "template" else None
-    keys = ("graphs", "images", "limit", "seed", "writer", "model", "questions", "temperature", "max_tokens", "relation_percent")
+    keys = ("graphs", "images", "limit", "seed", "writer", "model", "questions", "temperature", "max_tokens",
+            "relation_percent")  # fmt: skip
     settings = {key: getattr(cfg, key) for key in keys} | {"content of graphs": digest, "prompt": prompt}
     if cfg.writer != "template":
         del settings["relation_percent"]

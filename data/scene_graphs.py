@@ -208,8 +208,9 @@ def box_relations(objects: list[dict], size: tuple[int, int], *, most: int = 12)
 
 
 def read_scenes(level: str, n: int | None, *, seed: int) -> Iterator[Graph]:
-    """n scenes of a level (None: without end), each with the triples that hold, a pair in one direction; which of two overlapping shapes is
-    in front is read off the drawn pixels. The seeds are those of scene_rows(split="train"): a val split there shares no scene with these."""
+    """n scenes of a level (None: without end), each with the triples that hold, a pair in one direction; which of two
+    overlapping shapes is in front is read off the drawn pixels. The seeds are those of scene_rows(split="train"): a val
+    split there shares no scene with these."""
     knobs = resolve_knobs(level)
     first = 2 * seed << 32
     for number in count(first) if n is None else range(first, first + n):

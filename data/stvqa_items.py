@@ -284,7 +284,7 @@ def sub_graph(graph: Graph, question: str, options: list[str], asked: dict | Non
     """The objects that the question names or an option is, every one of a name, and the relations among them.
 
     Upstream compares single words, so that multi-word and hyphenated names never match; here a name matches as a whole,
-    and of two that fit the longer. `asked`: the triple in question, which stands first, in the direction in which it was asked."""
+    and of two that fit the longer. `asked`: the triple in question; it stands first, in the direction asked."""
     names = {label(thing["id"]) for thing in graph.objects}
     said = {name for name, *_ in mentions(question, names)}
     for option in options:

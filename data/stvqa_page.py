@@ -95,11 +95,12 @@ def table(result: dict[str, dict]) -> list[str]:
         return f"{name[:28]:28s}" + "".join(f"{'-' if value is None else value:>10}" for value in values)
 
     parts = list(result.values())
-    lines = [line("", list(result)), line("rows", [p["rows"] for p in parts]), line("pictures", [p["pictures"] for p in parts])]
+    lines = [line("", list(result)), *(line(name, [p[name] for p in parts]) for name in ("rows", "pictures"))]
     groups = (("category", CATEGORIES), ("level", LEVELS), ("answer_only", tuple("ABCD")), ("options", ("2", "3", "4")))
     for group, names in groups:
         lines.append(f"{group.replace('_only', '')}, percent")
-        lines += [line(f"  {name}", [p[group].get(name) for p in parts]) for name in names if any(name in p[group] for p in parts)]
+        found = [name for name in names if any(name in p[group] for p in parts)]
+        lines += [line(f"  {name}", [p[group].get(name) for p in parts]) for name in found]
     lines.append("length, mean")
     lines += [line(f"  {name}", [p["lengths"][name]["mean"] for p in parts]) for name in parts[0]["lengths"]]
     lines.append("right without the picture, percent")
@@ -151,7 +152,7 @@ def card(row: dict, split: str) -> str:
     relations = "; ".join(f"{r['subject']} {r['predicate']} {r['object']}" for r in scene["relationships"][:12])
     about = f"{row['category']} · {row['level']} · rating {row['rating']} · {split} · {row['image_id']}"
     return (f"<article>{drawing(row['images']['bytes'], scene['objects'])}<p>{html.escape(row['question_only'])}</p>"
-            f"<ol>{''.join(options)}</ol><small>{html.escape(about)}<br>{html.escape(relations)}</small></article>")  # fmt: skip
+            f"<ol>{''.join(options)}</ol><small>{html.escape(about)}<br>{html.escape(relations)}</small></article>")
 
 
 def drawing(picture: bytes, objects: list[dict]) -> str:

@@ -199,7 +199,8 @@ def depth(names: Names, draw: Draw) -> Iterator[tuple]:
             ends = [
                 (r["subject"], r["object"]) if group_of(r["predicate"]) == "front" else (r["object"], r["subject"])
                 for r in graph.relations
-                if group_of(r["predicate"]) in ("front", "behind") and {r["subject"], r["object"]} == {one["id"], other["id"]}
+                if group_of(r["predicate"]) in ("front", "behind")
+                and {r["subject"], r["object"]} == {one["id"], other["id"]}
             ]
             if ends and len(set(ends)) == 1:
                 options = draw.sample((a, b), 2)

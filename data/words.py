@@ -14,7 +14,8 @@ IRREGULAR = {
     "geese": "goose", "mice": "mouse", "oxen": "ox", "knives": "knife", "leaves": "leaf", "shelves": "shelf",
     "wolves": "wolf", "loaves": "loaf", "halves": "half", "scarves": "scarf", "calves": "calf", "hooves": "hoof",
     "buses": "bus", "gases": "gas", "lenses": "lens", "shoes": "shoe", "toes": "toe", "canoes": "canoe",
-    "taxis": "taxi", "kiwis": "kiwi", "movies": "movie", "cookies": "cookie", "ties": "tie", "pies": "pie", "hoodies": "hoodie", "caches": "cache",
+    "taxis": "taxi", "kiwis": "kiwi", "movies": "movie", "cookies": "cookie", "ties": "tie",
+    "pies": "pie", "hoodies": "hoodie", "caches": "cache",
 }  # fmt: skip
 PLURALS = {one: many for many, one in IRREGULAR.items()}
 # The same in both numbers, or looking like a plural without being one.

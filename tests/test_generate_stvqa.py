@@ -105,7 +105,7 @@ def test_two_runs_are_equal_to_the_byte_and_another_seed_is_not(whole, tmp_path)
     assert lines(tmp_path / "other" / "written.jsonl")[0] != lines(whole / "written.jsonl")[0]
 
 
-@pytest.mark.parametrize("cut", [0, 1, 5000, 40_001, -1])
+@pytest.mark.parametrize("cut", [0, 40_001, -1])
 def test_a_cut_off_file_is_gone_on_with_to_the_same_end(whole, tmp_path, cut):
     run("write", tmp_path, graphs="scenes:hard", limit=300)
     written = tmp_path / "written.jsonl"
@@ -237,7 +237,8 @@ def model(server, provider="openai", **more) -> dict:
 def test_a_server_that_fails_on_purpose_loses_nothing_and_is_paid_once(serving, tmp_path, capsys, provider):
     ids, answers = scene_answers(24)
     marks = list(answers)
-    faults = [status(429, headers=[("Retry-After", "0.1")]), status(500), hang_up, half, says(b'{"choices": [{"mess'), status(503)]
+    wait = [("Retry-After", "0.1")]
+    faults = [status(429, headers=wait), status(500), hang_up, half, says(b'{"choices": [{"mess'), status(503)]
     plan = {mark: [fault] for mark, fault in zip(marks, faults, strict=False)}
     plan[marks[7]] = [status(400)]  # refused for good: an error of this item
     plan[marks[8]] = [status(500)] * 3  # every attempt fails
@@ -404,7 +405,8 @@ def test_other_settings_graphs_or_a_second_process_are_refused(tmp_path):
     file.write_text(file.read_text().replace('"near"', '"behind"'))
     with pytest.raises(ValueError, match="content of graphs was"):
         run("write", tmp_path / "b", graphs=str(file))
-    hold = "import fcntl,sys,time; f=open(sys.argv[1],'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
+    hold = ("import fcntl, sys, time; file = open(sys.argv[1], 'ab'); fcntl.flock(file, fcntl.LOCK_EX); "
+            "print(1, flush=True); time.sleep(60)")  # fmt: skip
     other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "written.jsonl"], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()

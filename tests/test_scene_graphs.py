@@ -24,13 +24,14 @@ from rewards import is_valid_scene
 ROOT = Path(__file__).resolve().parent.parent
 REAL = next((p / "shared" / "realdata" for p in ROOT.parents if (p / "shared" / "realdata").is_dir()), ROOT / "none")
 
-VG150 = """above, across, against, along, and, at, attached to, behind, belonging to, between, carrying, covered in, covering,
-eating, flying in, for, from, growing on, hanging from, has, holding, in, in front of, laying on, looking at, lying on, made
-of, mounted on, near, of, on, on back of, over, painted on, parked on, part of, playing, riding, says, sitting on, standing
-on, to, under, using, walking in, walking on, watching, wearing, wears, with"""
-ADDED = """below, beneath, left of, right of, left, right, at the back of, inside, consist, contain, on top of, touching, leaning
-against, next to, beside, reached, far from, alongside, far, far away, close, in between, facing, facing towards, facing
-away, bigger, smaller, taller, shorter, parallel to, perpendicular to, across from, surrounding, outside"""
+VG150 = """above, across, against, along, and, at, attached to, behind, belonging to, between, carrying, covered in,
+covering, eating, flying in, for, from, growing on, hanging from, has, holding, in, in front of, laying on, looking at,
+lying on, made of, mounted on, near, of, on, on back of, over, painted on, parked on, part of, playing, riding, says,
+sitting on, standing on, to, under, using, walking in, walking on, watching, wearing, wears, with"""
+ADDED = """below, beneath, left of, right of, left, right, at the back of, inside, consist, contain, on top of,
+touching, leaning against, next to, beside, reached, far from, alongside, far, far away, close, in between, facing,
+facing towards, facing away, bigger, smaller, taller, shorter, parallel to, perpendicular to, across from, surrounding,
+outside"""
 
 
 def picture(path: Path, size=(100, 80)) -> Path:
@@ -55,8 +56,8 @@ def test_predicates_in_other_words(said, is_):
     assert canonical(said) == is_
 
 
-@pytest.mark.parametrize("one", ["man", "knife", "box", "bus", "baby", "wine glass", "traffic light", "vase", "horse", "potato",
-                                 "person", "dish", "tie", "key", "shoe", "leaf"])  # fmt: skip
+@pytest.mark.parametrize("one", ["man", "knife", "box", "bus", "baby", "wine glass", "traffic light", "vase", "horse",
+                                 "potato", "person", "dish", "tie", "key", "shoe", "leaf"])  # fmt: skip
 def test_plural_and_back(one):
     before, _, word = plural(one).rpartition(" ")
     assert plural(one) != one and " ".join(filter(None, [before, singular(word)])) == one
@@ -150,7 +151,8 @@ def coco_file(folder: Path) -> Path:
 
 def test_coco_instances(tmp_path):
     [graph] = read_graphs(str(coco_file(tmp_path)), str(tmp_path / "images"))
-    assert graph.objects == [{"id": "person.1", "bbox": [5, 20, 25, 60]}, {"id": "dining_table.1", "bbox": [40, 15, 95.5, 65]}]
+    assert graph.objects == [{"id": "person.1", "bbox": [5, 20, 25, 60]},
+                             {"id": "dining_table.1", "bbox": [40, 15, 95.5, 65]}]  # fmt: skip
     said = [(r["subject"], r["predicate"], r["object"]) for r in graph.relations]
     assert said == [("person.1", "left of", "dining_table.1"), ("person.1", "smaller", "dining_table.1")]
     assert graph.boxes_only and graph.uncounted == {"person"}
@@ -230,7 +232,8 @@ def test_a_missing_file_or_folder_and_a_picture_with_two_graphs(tmp_path):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="shared/realdata is not here")
 def test_tinycoco_is_read():
-    graphs = list(read_graphs(str(REAL / "tinycoco/annotations/instances_val2017.json"), str(REAL / "tinycoco/images/val2017")))
+    tiny = REAL / "tinycoco"
+    graphs = list(read_graphs(str(tiny / "annotations/instances_val2017.json"), str(tiny / "images/val2017")))
     assert len(graphs) == 6 and all(graph.objects and graph.boxes_only for graph in graphs)
     for graph in graphs:
         assert Image.open(graph.picture).size == graph.size

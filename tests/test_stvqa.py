@@ -144,7 +144,8 @@ def test_the_answer_letter_is_spread_over_the_options_by_the_hash():
     letters = Counter()
     for i in range(400):
         options = ["behind", "in front of", "inside", "on top of"]
-        letters[checked(item(question=f"Where is the man with respect to the bus number {i}?", options=options), STREET)["gold"]] += 1
+        question = f"Where is the man with respect to the bus number {i}?"
+        letters[checked(item(question, options), STREET)["gold"]] += 1
     assert all(70 < letters[letter] < 130 for letter in "ABCD"), letters
 
 
@@ -168,7 +169,8 @@ BAD = {
                                                        "instance_location"),
     "a location that the box does not have": item("In which part of the image is the man?", ["top right", "center"], "A",
                                                   "instance_location"),
-    "a depth that the graph contradicts": item("Which is closer to the camera, the man or the bus?", ["man", "bus"], "B", "depth"),
+    "a depth that the graph contradicts": item("Which is closer to the camera, the man or the bus?", ["man", "bus"], "B",
+                                               "depth"),
     "nothing of the graph to compare": item("Which is larger, the man or his dog?", ["the man", "the dog"], "A", "size"),
 }  # fmt: skip
 
@@ -285,7 +287,7 @@ def truth(question: str, options: list[str], boxes: dict[str, list], relations: 
         row, column = ("top", "middle", "bottom")[3 * y // 168], ("left", "center", "right")[3 * x // 224]
         return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
     if question.startswith("Which is closer to the camera"):
-        return next(name for name in options if any(a == name and b in options for a, p, b in relations if p == "in front of"))
+        return next(a for a, p, b in relations if p == "in front of" and {a, b} == set(options))
     if question.startswith("Does"):
         return "yes" if any({a, b} == set(said) for a, p, b in relations if p == "touching") else "no"
     if question.endswith("touching?"):
@@ -392,7 +394,8 @@ def test_the_writers_prompt_shows_the_graph_and_the_balance():
 
 def pool(n=3000, seed=0):
     rng = random.Random(seed)
-    return [{"id": f"i{i}", "graph": f"g{i // 2}", "category": rng.choice(CATEGORIES[:2] * 4 + CATEGORIES), "rating": rng.randint(1, 10)}
+    kinds = CATEGORIES[:2] * 4 + CATEGORIES
+    return [{"id": f"i{i}", "graph": f"g{i // 2}", "category": rng.choice(kinds), "rating": rng.randint(1, 10)}
             for i in range(n)]  # fmt: skip
 
 
