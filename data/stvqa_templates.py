@@ -112,10 +112,17 @@ def annotated(names: Names, a: str, b: str, gold: str) -> Iterator[tuple]:
     said, seen = names.groups(one, other), GROUPS.get(direction(one["bbox"], other["bbox"]))
     if (gold == "on" and lower >= 0) or (gold == "under" and lower <= 0) or {"front", "behind"} <= said:
         return  # the boxes contradict the annotator, or one annotator another
+    if gold in ("in front of", "behind") and not may_be_nearer(*((one, other) if gold != "behind" else (other, one)), names):
+        return
     wrong = [*WRONG[gold], *(refuted(one, other) if gold in ("in front of", "behind") else ())]
     wrong = [option for option in wrong if GROUPS[option] not in said and GROUPS[option] != seen]
     if wrong:
         yield f"Where is the {a} with respect to the {b}?", [gold, *wrong], gold
+
+
+def may_be_nearer(near: dict, far: dict, names: Names) -> bool:
+    """Not if it stands clearly higher in the picture: "in front of the laptop" may be said from where the laptop is."""
+    return near["bbox"][3] >= far["bbox"][3] - 0.1 * names.graph.size[1]
 
 
 def refuted(a: dict, b: dict) -> list[str]:
@@ -202,10 +209,11 @@ def depth(names: Names, draw: Draw) -> Iterator[tuple]:
                 if group_of(r["predicate"]) in ("front", "behind")
                 and {r["subject"], r["object"]} == {one["id"], other["id"]}
             ]
-            if ends and len(set(ends)) == 1:
+            near, far = (one, other) if ends and ends[0][0] == one["id"] else (other, one)
+            if len(set(ends)) == 1 and may_be_nearer(near, far, names):
                 options = draw.sample((a, b), 2)
                 question = f"Which is closer to the camera, the {options[0]} or the {options[1]}?"
-                yield question, options, a if ends[0][0] == one["id"] else b
+                yield question, options, a if near is one else b
     for name, things in names.by_name.items():
         if name not in names.clear or len(things) != 2 or name not in SIMILAR:
             continue
