@@ -111,6 +111,8 @@ def test_a_cut_off_file_is_gone_on_with_to_the_same_end(whole, tmp_path, cut):
     written = tmp_path / "written.jsonl"
     os.truncate(written, cut if cut >= 0 else written.stat().st_size - 1)
     (tmp_path / "checked.jsonl.tmp").write_text("half")  # of a killed check
+    run("check", tmp_path, graphs="scenes:hard")  # of what is whole; the torn line is no line
+    assert len(lines(tmp_path / "checked.jsonl")) == written.read_bytes().count(b"\n")
     run("all", tmp_path, graphs="scenes:hard", limit=300)
     assert contents(tmp_path) == contents(whole)
 
