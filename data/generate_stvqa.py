@@ -49,7 +49,7 @@ class Config:
     graphs: str | None = None  # scene_graphs.json, a VG150 or COCO file, or scenes:LEVEL; later stages know it from write
     images: str | None = None  # folder of the pictures; left out: that of the graphs
     limit: int | None = None  # first graphs only (scenes: how many to draw, 1000 if left out); raise it to go on with more
-    seed: int = 1
+    seed: int | None = None  # 1 if left out, or what write was given
     dry_run: bool = False  # write, verify: print the number of calls and their price, ask nothing
 
     # write
@@ -120,15 +120,17 @@ def check_config(cfg: Config) -> Config:
 
 
 def with_source(cfg: Config) -> Config:
-    """The config with graphs, pictures and limit of the questions in `out`, where some are there."""
+    """The config with graphs, pictures, limit and seed of the questions in `out`, where some are there."""
     saved, written = settings_of(cfg.out).get("write"), file_of(cfg.out, "written")
     if saved is None or not (written.is_file() and written.stat().st_size):
         if cfg.graphs is None:
             raise ValueError("--graphs is missing: give scene_graphs.json, a VG150 or COCO file, or scenes:hard")
-        return replace(cfg, limit=cfg.limit or (1000 if cfg.graphs.startswith("scenes") else None))
+        limit = cfg.limit or (1000 if cfg.graphs.startswith("scenes") else None)
+        return replace(cfg, limit=limit, seed=1 if cfg.seed is None else cfg.seed)
     if cfg.graphs not in (None, saved["graphs"]):
         raise ValueError(f"{cfg.out} holds questions about {saved['graphs']}: give that as --graphs, or another --out")
-    return replace(cfg, graphs=saved["graphs"], images=cfg.images or saved["images"], limit=cfg.limit or saved["limit"])
+    return replace(cfg, graphs=saved["graphs"], images=cfg.images or saved["images"], limit=cfg.limit or saved["limit"],
+                   seed=saved["seed"] if cfg.seed is None else cfg.seed)  # fmt: skip
 
 
 def caller(cfg: Config, provider: str, model: str, base_url: str | None) -> Caller:
@@ -139,7 +141,8 @@ def caller(cfg: Config, provider: str, model: str, base_url: str | None) -> Call
 def graphs_in(cfg: Config, wanted: Iterable[str]) -> Iterator[Graph]:
     """The graphs with these ids in the order of the source, which is read no further than needed."""
     left = set(wanted)
-    for graph in read_graphs(cfg.graphs, cfg.images, seed=cfg.seed) if left else ():
+    seed = settings_of(cfg.out)["write"]["seed"]  # not cfg's, which may be another for select: it says what was drawn
+    for graph in read_graphs(cfg.graphs, cfg.images, seed=seed) if left else ():
         if graph.id in left:
             left.remove(graph.id)
             yield graph
@@ -254,7 +257,7 @@ def check(cfg: Config) -> None:
                         raise ValueError("the same question twice")
                 except ValueError as error:
                     why[str(error)] += 1
-                    reject({"id": graph.id, "why": str(error), "item": item})
+                    reject({"id": graph.id, "why": str(error), "item": json.dumps(item)})  # as text: it may hold NaN
                     continue
                 seen.add(good["id"])
                 kept[good["category"]] += 1
@@ -335,8 +338,9 @@ def verify(cfg: Config) -> None:
         made = {"id": reply.id, "item": item}
         return made if reply.error else made | {"text": reply.text, "letter": letter, "agrees": letter == gold}
 
-    stop, who = runs.stop_on_signals(), caller(cfg, cfg.verifier, cfg.verifier_model, cfg.verifier_url)
+    who = caller(cfg, cfg.verifier, cfg.verifier_model, cfg.verifier_url)
     with appending(cfg.out, "verify", "verified", settings) as path, open(selected, "rb") as file:
+        stop = runs.stop_on_signals()
         try:
             for round_ in range(cfg.tries):
                 requests = until_stopped(verify_requests(cfg, file, at, votes_of(cfg), round_), stop)

@@ -11,6 +11,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from string import ascii_uppercase
 
 from data.drawing import centre
@@ -59,27 +60,25 @@ class Balance:
 # ---- a reply ---------------------------------------------------------------------------------------------------------
 
 
-def extract_json(text: str, mode: str = "corrected") -> str:
-    """The JSON of a reply. upstream: from the first brace to the last, whatever stands between. corrected: the first
-    value, brace or bracket, that parses; '' if there is none."""
+def extract_json(text: str, mode: str = "corrected"):
+    """The JSON of a reply. upstream: the text from the first brace to the last, whatever stands between. corrected: the
+    first value, object or list, that parses; None if there is none."""
     if mode == "upstream":
         start, end = text.find("{"), text.rfind("}")
         return text[start : end + 1] if 0 <= start < end else text
     decode = json.JSONDecoder().raw_decode
-    for match in list(re.finditer(r"[{\[]", text))[:50]:
+    for match in islice(re.finditer(r"[{\[]", text), 50):
         try:
-            _, end = decode(text, match.start())
-            return text[match.start() : end]
+            return decode(text, match.start())[0]
         except (ValueError, RecursionError):
             continue
-    return ""
+    return None
 
 
 def read_items(text: str) -> list[dict]:
     """The questions of a reply: {"questions": [...]}, a list, or one object. [] if it holds no JSON: what is malformed
     costs itself and no more."""
-    found = extract_json(text)
-    value = json.loads(found) if found else []
+    value = extract_json(text)
     value = value.get("questions", value) if isinstance(value, dict) else value
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
 
@@ -121,6 +120,8 @@ def read_fields(item: dict) -> tuple[str, list[str], int, str, str, int]:
     options = [re.sub(r"^\(?[A-Fa-f][).]\s+", "", str(option)).strip() for option in options]
     if not 2 <= len(options) <= 4:
         raise ValueError("not 2 to 4 options")
+    if re.search("[\0\ud800-\udfff]", question + "".join(options)):
+        raise ValueError("a character that no file can hold")
     if "<" in question + "".join(options):  # <answer> and <image> mean something further on
         raise ValueError("a tag in the question or its options")
     if "" in options or len({plain(option) for option in options}) < len(options):

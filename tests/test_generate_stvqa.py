@@ -101,8 +101,26 @@ def test_the_page_shows_samples_with_boxes_and_needs_nothing_else(whole):
 def test_two_runs_are_equal_to_the_byte_and_another_seed_is_not(whole, tmp_path):
     run("all", tmp_path / "again", graphs="scenes:hard", limit=300)
     assert contents(tmp_path / "again") == contents(whole)
-    run("write", tmp_path / "other", graphs="scenes:hard", limit=20, seed=2)
-    assert lines(tmp_path / "other" / "written.jsonl")[0] != lines(whole / "written.jsonl")[0]
+    other = tmp_path / "other"
+    run("write", other, graphs="scenes:hard", limit=20, seed=2)
+    assert lines(other / "written.jsonl")[0] != lines(whole / "written.jsonl")[0]
+    for command in ("check", "select", "pack"):
+        run(command, other)  # the scenes of seed 2 again, though nobody says so
+    assert len(lines(other / "checked.jsonl")) == 20
+    first = (other / "selected.jsonl").read_bytes()
+    run("select", other, seed=7)
+    assert (other / "selected.jsonl").read_bytes() != first
+
+
+def test_the_order_of_sets_which_is_salted_decides_nothing(tmp_path):
+    graphs = photo_graphs(tmp_path / "photos", relations=("holding", "touching", "riding", "next to", "looking at"))
+    made = []
+    for salt in ("1", "2", "3"):
+        command = [sys.executable, "-m", "data.generate_stvqa", "write", "--graphs", str(graphs), "--questions", "9",
+                   "--out", str(tmp_path / salt)]  # fmt: skip
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": salt}, check=True, capture_output=True)
+        made.append((tmp_path / salt / "written.jsonl").read_bytes())
+    assert made[0] == made[1] == made[2] and b"Which of these is the man" in made[0]
 
 
 @pytest.mark.parametrize("cut", [0, 40_001, -1])
@@ -141,7 +159,7 @@ def test_a_photo_keeps_its_bytes_and_other_pictures_become_jpeg(tmp_path):
             assert made.format == "JPEG" and made.size == (60, 40) and made.getexif().get(0x0112, 1) == 1
 
 
-def photo_graphs(folder: Path, n: int = 12) -> Path:
+def photo_graphs(folder: Path, n: int = 12, relations=("near",)) -> Path:
     """n graphs of the VG150 layout with photos of noise; the last three photos are missing, cut off, of another size."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, records = np.random.default_rng(0), []
@@ -149,8 +167,9 @@ def photo_graphs(folder: Path, n: int = 12) -> Path:
         image = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
         image.save(folder / f"{i}.jpg")
         objects = [{"id": "man.1", "bbox": [2 + i, 5, 20 + i, 50]}, {"id": "traffic light.1", "bbox": [50, 10, 70, 40]}]
-        relations = [{"subject": "man.1", "predicate": "near", "object": "traffic light.1"}]
-        records.append({"image_id": str(i), "objects": objects, "relationships": relations, "width": 80, "height": 60})
+        objects += [{"id": "dog.1", "bbox": [50, 45, 78, 58]}, {"id": "cup.1", "bbox": [70, 2, 78, 8]}]
+        links = [{"subject": "man.1", "predicate": p, "object": "traffic light.1"} for p in relations]
+        records.append({"image_id": str(i), "objects": objects, "relationships": links, "width": 80, "height": 60})
     (folder / f"{n - 3}.jpg").unlink()
     data = (folder / f"{n - 2}.jpg").read_bytes()
     (folder / f"{n - 2}.jpg").write_bytes(data[: len(data) // 2])
@@ -246,6 +265,7 @@ def test_a_server_that_fails_on_purpose_loses_nothing_and_is_paid_once(serving, 
     plan[marks[8]] = [status(500)] * 3  # every attempt fails
     answers[marks[9]] = '{"questions": [{"question": "cut off'  # paid for, and malformed
     answers[marks[10]] = "I would rather not."
+    answers[marks[11]] = '[{"question": "Why?", "rating": NaN, "options": ["\\ud800", 1e999]}]'
     server = serving(answers, plan)
     settings = model(server, provider, limit=24)
     run("write", tmp_path, **settings)
@@ -261,8 +281,9 @@ def test_a_server_that_fails_on_purpose_loses_nothing_and_is_paid_once(serving, 
     good = lines(tmp_path / "checked.jsonl")
     whole = {graph.id: len(write_items(graph, Balance(), n=2, relation_percent=50, seed=1))
              for graph in read_graphs("scenes:hard", limit=24, seed=1)}  # fmt: skip
-    assert Counter(row["graph"] for row in good) == {name: whole[name] for i, name in enumerate(ids) if i not in (9, 10)}
-    assert [line["why"] for line in lines(tmp_path / "rejected.jsonl")] == ["no question in the reply"] * 2
+    assert Counter(row["graph"] for row in good) == {name: whole[name] for i, name in enumerate(ids) if i not in (9, 10, 11)}
+    why = [line["why"] for line in lines(tmp_path / "rejected.jsonl")]
+    assert why[:2] == ["no question in the reply"] * 2 and len(why) == 3
 
 
 def test_a_refusal_in_the_middle_keeps_what_was_under_way(serving, tmp_path):

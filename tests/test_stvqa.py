@@ -3,7 +3,6 @@
 python -m pytest tests/test_stvqa.py          `vectors` are inputs and outputs of the published code
 """
 
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -181,11 +180,14 @@ def test_what_is_malformed_or_not_in_the_graph_is_rejected_with_a_reason(why):
         checked(BAD[why], STREET)
 
 
-@pytest.mark.parametrize("value", [None, -3, [], {}, "", {"text": "x"}, float("nan"), ["a", None]])
+@pytest.mark.parametrize("value", [None, -3, [], {}, "", {"text": "x"}, float("nan"), ["a", None], "\ud800", "a\0"])
 @pytest.mark.parametrize("key", ["question", "options", "answer", "category", "level", "rating"])
 def test_any_value_of_any_key_costs_the_item_only(key, value):
+    Balance().add(item() | {key: value})
     with pytest.raises(ValueError):
         checked(item() | {key: value}, STREET)
+    with pytest.raises(ValueError, match="no file can hold"):
+        checked(item(options=["in front of", "be\ud800hind"], answer="A"), STREET)
 
 
 def test_right_answers_of_each_kind_pass():
