@@ -9,18 +9,25 @@ positions and attending to the prompt and to itself (kernels/prefix_attention.py
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kernels import prefix_attention
+from kernels.linear_policy_loss import linear_policy_loss
 from kernels.logprob import token_logprob
+from kernels.policy_loss import policy_loss
 
 DEMO_PROCESSOR = Path(__file__).parent / "assets" / "demo-model"
 
@@ -33,7 +40,8 @@ FAMILIES = {
 }
 
 # random:NAME. `3b` and `7b` are the published shapes of Qwen2.5-VL; `demo` is what the shipped model has: rope with a
-# small base and full vision attention, because its pictures are a few patches wide; `tiny` is for tests (heads of 32: vLLM has no smaller on the CPU).
+# small base and full vision attention, because its pictures are a few patches wide; `tiny` is for
+# tests (heads of 32: vLLM has no smaller on the CPU).
 SHAPES = {
     "tiny": dict(
         text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -108,8 +116,10 @@ def random_config(shape: str, processor):
 
 
 def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
-               device: str = "cpu"):  # fmt: skip
+               device: str = "cpu", kernels: bool = True):  # fmt: skip
     """A checkpoint (folder or hub id) or random weights (`random:SHAPE`) -> (transformers model, processor).
+
+    kernels=False leaves its layers in plain torch, on a GPU too.
 
     Raises ValueError, one line, when the source is not there or is no vision model of a known family."""
     import transformers
@@ -142,7 +152,53 @@ def load_model(source: str, *, processor: str | None = None, dtype: torch.dtype 
         proc = load_processor(processor or source)
     for part in (model.config, model.config.text_config, model.config.vision_config):
         part._attn_implementation = attention
+    patch_embed_as_product(model.model.visual.patch_embed)
+    if kernels and torch.device(device).type == "cuda":
+        use_liger(model)
+        for block in model.model.visual.blocks:
+            align_mlp(block.mlp)
     return model, proc
+
+
+def patch_embed_as_product(embed: nn.Module) -> None:
+    """The stride of this convolution is its kernel, so it is a matrix product, and many times faster as one."""
+
+    def forward(self, pixels: Tensor) -> Tensor:  # (patches, C*t*p*p) -> (patches, width)
+        return F.linear(pixels.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+
+    embed.forward = MethodType(forward, embed)  # bound, so that a copy of the module gets a copy of the method
+
+
+def align_mlp(mlp: nn.Module, multiple: int = 8) -> None:
+    """The vision tower's 3,420 columns are no multiple of 8, and cuBLAS has no fast kernel for such rows: the products are
+    done with zero columns added. A zero column of gate and up stays zero behind the activation, and nothing reads it."""
+    extra = -mlp.gate_proj.out_features % multiple
+    if not extra:
+        return
+
+    def forward(self, x: Tensor) -> Tensor:  # (patches, width) -> (patches, width)
+        gate, up = (
+            F.linear(x, F.pad(part.weight, (0, 0, 0, extra)), F.pad(part.bias, (0, extra))) for part in (self.gate_proj, self.up_proj)
+        )
+        return F.linear(self.act_fn(gate) * up, F.pad(self.down_proj.weight, (0, extra)), self.down_proj.bias)
+
+    mlp.forward = MethodType(forward, mlp)
+
+
+def use_liger(model) -> None:
+    """Liger's RMSNorm, SwiGLU and rope in this model. Its fused cross-entropy stays off: the head is ours (kernels/)."""
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, liger_rotary_pos_emb
+    except ImportError:
+        print("liger-kernel is not installed: norms, SwiGLU and rope run in plain torch (pip install liger-kernel)")
+        return
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    apply_liger_kernel_to_qwen2_5_vl(model=model, rope=False, fused_linear_cross_entropy=False)
+    # Liger patches a function of transformers 4; now the layers call this one, with mrope's sections merged already.
+    if modeling.apply_rotary_pos_emb.__module__ == modeling.__name__:
+        plain = modeling.apply_rotary_pos_emb
+        modeling.apply_rotary_pos_emb = lambda q, *rest: (liger_rotary_pos_emb if q.is_cuda else plain)(q, *rest)
 
 
 def banned_ids(processor, model, extra: tuple[int, ...] = ()) -> Tensor:
@@ -195,7 +251,7 @@ def mrope_positions(ids: list[int], grid: Tensor | None, config) -> Tensor:
 class Packed:
     """One micro-batch of whole groups. T packed tokens, M completion tokens, S completions.
 
-    For one prompt `a b` with completions `c d` and `e`:
+    All prompts come first, then all completions. For one prompt `a b` with completions `c d` and `e`:
         ids [a b c d e]   positions [0 1 2 3 2]   rows [1 2 1]   targets [c d e]   sequence [0 0 1]
     Row r of the hidden states predicts its target; the prompt's last row predicts every completion's first token."""
 
@@ -215,12 +271,15 @@ class Packed:
     index: list[int]  # which group of the batch each packed group is
     old_logp: Tensor | None = None  # (M,) the trainer's, before the first optimiser step of this rollout
     ref_logp: Tensor | None = None  # (M,)
+    features: Tensor | None = None  # (picture tokens, H) of a frozen tower, which need computing once a rollout only
 
     def to(self, device) -> "Packed":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        moved |= dict(grid=self.grid, layout=prefix_attention.Layout(self.layout.groups, torch.device(device)))
-        return Packed(**moved)
+        """A copy there; to a GPU through pinned memory, or every copy would wait for what the GPU is doing."""
+        device, moved = torch.device(device), {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, x in moved.items():
+            if isinstance(x, Tensor) and name != "grid":
+                moved[name] = (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
+        return Packed(**moved | dict(layout=prefix_attention.Layout(self.layout.groups, device)))
 
 
 def group_tokens(prompt, group) -> int:
@@ -247,29 +306,28 @@ def pack_groups(prompts: list, groups: list[list], config, *, advantages: Tensor
     """Prompts and their completions -> one Packed. advantages (groups, G) or None for zeros.
 
     mask_truncated: tokens of a completion that ran into the length limit do not count."""
-    ids, positions, rows, targets, sequence, lengths = [], [], [], [], [], []
-    advantage, rollout_logp, loss_mask, start, s = [], [], [], 0, 0
-    for g, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-        prompt_positions = mrope_positions(prompt.expanded, prompt.grid, config)  # (3, P)
-        following = int(prompt_positions.max()) + 1
+    ids, positions, after, last = [], [], [], []  # of the prompts: all of them come first
+    for prompt in prompts:
         ids.append(torch.tensor(prompt.expanded))
-        positions.append(prompt_positions)
-        own = start + len(prompt.expanded)  # first row of the completion
+        positions.append(mrope_positions(prompt.expanded, prompt.grid, config))  # (3, P)
+        after.append(int(positions[-1].max()) + 1)  # where its completions go on
+        last.append(len(prompt.expanded) - 1 + (last[-1] + 1 if last else 0))  # its last row
+    rows, targets, sequence, lengths, advantage, rollout_logp, loss_mask = [], [], [], [], [], [], []
+    own, s = last[-1] + 1, 0  # first row of the completion, which completion
+    for g, group in enumerate(groups):
         for j, c in enumerate(group):
             n = len(c.token_ids)
-            ids.append(torch.tensor(c.token_ids))
-            positions.append(torch.arange(following, following + n).expand(3, -1))
-            rows.append(torch.tensor([start + len(prompt.expanded) - 1, *range(own, own + n - 1)]))
-            targets.append(ids[-1])
+            targets.append(torch.tensor(c.token_ids))
+            positions.append(torch.arange(after[g], after[g] + n).expand(3, -1))
+            rows.append(torch.tensor([last[g], *range(own, own + n - 1)]))
             sequence.append(torch.full((n,), s))
             lengths.append(n)
             advantage.append(torch.full((n,), 0.0 if advantages is None else float(advantages[g, j])))
             rollout_logp.append(torch.tensor(c.logprobs, dtype=torch.float32))
             loss_mask.append(torch.full((n,), 0.0 if mask_truncated and not c.finished else 1.0))
             own, s = own + n, s + 1
-        start = own
     pictures = [p for p in prompts if p.pixels is not None]
-    all_ids = torch.cat(ids)
+    all_ids = torch.cat(ids + targets)
     layout = tuple((len(p.expanded), tuple(len(c.token_ids) for c in group)) for p, group in zip(prompts, groups))
     return Packed(
         ids=all_ids, positions=torch.cat(positions, dim=1), layout=prefix_attention.Layout(layout, torch.device("cpu")),
@@ -299,16 +357,28 @@ def pack(prompts: list, groups: list[list], config, *, token_budget: int, advant
 class Policy(nn.Module):
     """The model with its head and its banned ids. Call it on a Packed for the log-probs of the completion tokens."""
 
-    def __init__(self, model, banned: Tensor):
+    def __init__(self, model, banned: Tensor, *, kernels: bool = True):
         super().__init__()
         self.model = model
         self.config = model.config
-        self.checkpointing = False
+        self.kernels = kernels
+        self.checkpointed = 0  # language layers
+        self.compute_dtype: torch.dtype | None = None  # of sharded weights; their shards may be fp32 (shard_policy)
+        self.sharded_tower = False
         self.register_buffer("banned", banned.to(next(model.parameters()).device), persistent=False)
 
     @property
     def device(self) -> torch.device:
         return self.banned.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.compute_dtype or next(self.model.parameters()).dtype
+
+    @property
+    def sharded(self) -> bool:
+        return self.compute_dtype is not None
 
     @property
     def vision(self) -> nn.Module:
@@ -321,28 +391,41 @@ class Policy(nn.Module):
     def freeze_vision(self) -> None:
         self.vision.requires_grad_(False)
 
-    def checkpoint_activations(self) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
+    @property
+    def trains_vision(self) -> bool:
+        return next(self.vision.parameters()).requires_grad
+
+    def checkpoint_layers(self, count: int) -> None:
+        """The first `count` language layers, and with the first the vision tower, recompute their activations in the
+        backward pass instead of keeping them."""
+        if count == self.checkpointed:
+            return
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.checkpointing = True
+        for i, layer in enumerate(self.language.layers):
+            layer.gradient_checkpointing = i < count
+        for block in self.vision.blocks:
+            block.gradient_checkpointing = count > 0
+        self.checkpointed = min(count, len(self.language.layers))
 
     def picture_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
         """pixels (patches, C*t*p*p), grid (pictures, 3) on the CPU -> (picture tokens, H). No graph if frozen."""
-        vision, trained = self.config.vision_config, next(self.vision.parameters()).requires_grad
+        vision = self.config.vision_config
         sizes = tuple(tuple(size) for size in grid.tolist())
         plan = vision_plan(sizes, vision.spatial_merge_size, vision.window_size, vision.patch_size, pixels.device)
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             pixels = pixels.to(self.vision.patch_embed.proj.weight.dtype)
             return self.vision(pixels, grid_thw=grid, **plan).pooler_output
 
-    def embed(self, ids: Tensor, picture_rows: Tensor, pixels: Tensor | None, grid: Tensor | None) -> Tensor:
-        """ids (T,) -> (T, H), the rows of picture placeholders replaced by their features."""
+    def embed(self, ids: Tensor, picture_rows: Tensor, pixels: Tensor | None, grid: Tensor | None,
+              features: Tensor | None = None) -> Tensor:  # fmt: skip
+        """ids (T,) -> (T, H), the rows of picture placeholders replaced by their features, computed unless given."""
         embeds = self.language.embed_tokens(ids)  # (T, H)
-        if pixels is not None:
+        if pixels is not None and features is None:
             features = self.picture_features(pixels, grid)
+        if features is not None:
             assert len(features) == len(picture_rows), f"{len(features)} features, {len(picture_rows)} placeholders"
             return embeds.index_put((picture_rows,), features.to(embeds.dtype))
-        if torch.is_grad_enabled() and next(self.vision.parameters()).requires_grad:
+        if self.sharded_tower or (torch.is_grad_enabled() and self.trains_vision):
             # No picture here, but other ranks may have one: a pass of weight zero keeps the collectives in step.
             merge = self.config.vision_config.spatial_merge_size
             width = self.vision.patch_embed.proj.weight[0].numel()
@@ -351,19 +434,36 @@ class Policy(nn.Module):
             embeds = embeds + 0.0 * features.sum().to(embeds.dtype)
         return embeds
 
-    def forward(self, packed: Packed, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of every completion token: (M,), (M,), fp32. The head sees completion rows only."""
+    def hidden(self, packed: Packed) -> Tensor:
+        """The last hidden state of every row that predicts a completion token: (M, H)."""
         # transformers checkpoints in training mode only, and drops the decoding cache there: HFRollout sets it back.
         # Nothing else hangs on the mode, these models have no dropout.
-        self.model.train(self.checkpointing)
-        embeds = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid)  # (T, H)
+        if self.language.training != (self.checkpointed > 0):
+            self.model.train(self.checkpointed > 0)
+        embeds = self.embed(packed.ids, packed.picture_rows, packed.pixels, packed.grid, packed.features)  # (T, H)
         positions = torch.cat([packed.positions[:1], packed.positions])  # (4, T): transformers wants a text row first
         hidden = self.language(
             inputs_embeds=embeds.unsqueeze(0), position_ids=positions.unsqueeze(1),
             attention_mask={"full_attention": None}, layout=packed.layout, use_cache=False,
         ).last_hidden_state.squeeze(0)  # (T, H)  # fmt: skip
-        head = self.model.lm_head.weight  # (V, H)
-        return token_logprob(hidden[packed.rows], head, packed.targets, temperature=temperature, banned=self.banned)
+        return hidden[packed.rows]
+
+    def forward(self, packed: Packed, *, temperature: float = 1.0, scale: Tensor | None = None, **settings):
+        """Log-prob and entropy of every completion token, (M,) fp32 each. The head sees completion rows only.
+
+        With `scale` (M,), the weight of each token, and the settings of kernels/policy_loss.py: the loss () in one pass
+        over head and loss together, its statistics, and log-probs and entropy without a graph."""
+        head, own = self.model.lm_head.weight, dict(temperature=temperature, banned=self.banned, reference=not self.kernels)
+        if scale is None:
+            return token_logprob(self.hidden(packed), head, packed.targets, **own)
+        settings |= dict(old_logp=packed.old_logp, ref_logp=packed.ref_logp,
+                         rollout_logp=packed.rollout_logp if settings["importance_cap"] > 0 else None)  # fmt: skip
+        if settings["loss"] == "gspo":  # a token's loss needs its whole sequence's log-probs first
+            logp, entropy = token_logprob(self.hidden(packed), head, packed.targets, **own)
+            loss, seen = policy_loss(logp, packed.advantages, scale, lengths=packed.lengths, entropy=entropy,
+                                     reference=not self.kernels, **settings)  # fmt: skip
+            return loss, seen, logp.detach(), entropy.detach()
+        return linear_policy_loss(self.hidden(packed), head, packed.targets, packed.advantages, scale, **own, **settings)
 
     def next_logits(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache) -> Tensor:
         """One decoding step with a cache (HFRollout). embeds (B, t, H), positions (3, B, t), mask (B, 1, t, cached + t)
@@ -394,14 +494,13 @@ def vision_plan(sizes: tuple[tuple[int, int, int], ...], merge: int, window: int
     return {name: tensor.to(device) for name, tensor in plan.items()} | longest
 
 
-def load_policy(source: str, *, freeze_vision: bool = False, checkpointing: bool = False, **how) -> tuple[Policy, object]:
-    """A policy ready to train, and its processor; `how` goes to load_model."""
+def load_policy(source: str, *, freeze_vision: bool = False, never_stop: bool = False, **how) -> tuple[Policy, object]:
+    """A policy ready to train, and its processor; never_stop bans the stop tokens; `how` goes to load_model."""
     model, processor = load_model(source, **how)
-    policy = Policy(model, banned_ids(processor, model))
+    banned = banned_ids(processor, model, stop_ids(processor) if never_stop else ())
+    policy = Policy(model, banned, kernels=how.get("kernels", True))
     if freeze_vision:
         policy.freeze_vision()
-    if checkpointing:
-        policy.checkpoint_activations()
     return policy, processor
 
 
@@ -411,20 +510,111 @@ def frozen_copy(policy: Policy) -> Policy:
     return reference.requires_grad_(False).eval()
 
 
-def weights(policy: Policy, *, dtype: torch.dtype | None = torch.bfloat16, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of every parameter, one at a time: what the engine and the checkpoint get.
+def add_lora(policy: Policy, rank: int) -> None:
+    """Freezes the policy and gives every linear layer of its language model a trained low-rank correction (peft), scaled
+    by 2: the form of the paper's SFT baseline. `weights` hands the sums out, so engine and checkpoint know nothing of it."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    dtype None leaves them as they are: rounding a float32 policy to bf16 for an engine that computes in float32 would
-    make a gap between the two. trained=True leaves frozen parameters out."""
-    tied = policy.config.tie_word_embeddings
+    names = r".*language_model\.layers\..*_proj"
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), policy.model)
     for name, parameter in policy.model.named_parameters():
-        if not (tied and name == "lm_head.weight") and (parameter.requires_grad or not trained):
-            yield name, parameter.detach().to(dtype or parameter.dtype)
+        parameter.requires_grad_("lora_" in name)
 
 
-def save_hf(policy: Policy, processor, folder: Path) -> None:
-    """A folder that `from_pretrained` and vLLM load as it is, in bf16."""
-    state = {name: tensor.cpu() for name, tensor in weights(policy)}
+def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor, bool]]:
+    """(Hugging Face name, tensor, is it trained) of every parameter; of a layer with a low-rank correction, their sum."""
+    corrected = {name: module for name, module in policy.model.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, parameter in policy.model.named_parameters():
+        layer, _, rest = name.partition(".base_layer.")
+        if "lora_" in name:
+            continue
+        if layer in corrected and rest == "weight":
+            delta = corrected[layer].get_delta_weight("default")
+            yield f"{layer}.weight", (parameter.detach().float() + delta.detach().float()).to(parameter.dtype), True
+        else:
+            yield f"{layer}.{rest}" if rest else name, parameter, parameter.requires_grad
+
+
+def shard_policy(policy: Policy, *, masters: bool = True, tower: bool = True, host: bool = False) -> Policy:
+    """Cuts the parameters over all ranks, in place, with FSDP2: a group a language layer and vision block, and one of the
+    rest (embeddings, head, norms), which Policy.forward gathers. Every group is gathered for its pass and freed after it.
+
+    masters: the shards become fp32, computed with in the dtype they had; gradients are summed, not averaged, in fp32.
+    tower False leaves the vision tower whole: a frozen one runs for pictures only, and not equally often on every rank.
+    host: shards lie in pinned host memory and visit the GPU group by group. Needs a process group, with one rank too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    compute, on_gpu = policy.dtype, policy.device.type == "cuda"
+    settings = dict(
+        mesh=init_device_mesh(policy.device.type, (dist.get_world_size(),)), reshard_after_forward=True,
+        # inputs stay as they are: the tower's rope is computed in fp32 and would be rounded
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy() if host and on_gpu else OffloadPolicy(),
+    )  # fmt: skip
+    for part in [*policy.language.layers, *(policy.vision.blocks if tower else ())]:
+        fully_shard(part, **settings)
+    fully_shard(policy, **settings, ignored_params=None if tower else set(policy.vision.parameters()))
+    for part in policy.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # otherwise the factor 1 takes an operation that only NCCL has
+    policy.compute_dtype, policy.sharded_tower = compute, tower
+    if masters:
+        policy.float()
+        if not tower:
+            policy.vision.to(compute)
+    return policy
+
+
+def weights(policy: Policy, *, dtype: torch.dtype | None = torch.bfloat16, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of every parameter, one at a time: what the engine and the checkpoint get. Of a sharded
+    policy on every rank, all of which must take all of them.
+
+    dtype None leaves them as they are computed with: rounding a float32 policy to bf16 for an engine that computes in
+    float32 would make a gap between the two. trained=True leaves frozen parameters out."""
+    tied, dtype = policy.config.tie_word_embeddings, dtype or policy.dtype
+    sharded = []
+    for name, parameter, is_trained in named_weights(policy):
+        if (tied and name == "lm_head.weight") or (trained and not is_trained):
+            continue
+        if isinstance(parameter, DTensor):
+            sharded.append((name, parameter))
+        else:
+            yield name, parameter.detach().to(dtype)
+    yield from gathered(sharded, dtype, policy.device)
+
+
+@torch.no_grad()
+def gathered(sharded: list[tuple[str, Tensor]], dtype: torch.dtype, device, bucket: int = 1 << 28) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors of sharded parameters, by one all-gather for each `bucket` numbers: tensor by tensor most of the time
+    would be waiting. A parameter of n rows lies on W ranks in ceil(n / W) rows each, the last ones short or empty."""
+    world = dist.get_world_size() if sharded else 1
+    while sharded:
+        sizes = [-(-p.shape[0] // world) * math.prod(p.shape[1:]) for _, p in sharded]  # with padding, a rank
+        count = max(1, sum(total * world <= bucket for total in accumulate(sizes)))
+        part, sizes, sharded = sharded[:count], sizes[:count], sharded[count:]
+        own = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        for (_, parameter), place in zip(part, own.split(sizes)):
+            local = parameter.to_local().flatten()
+            place[: len(local)].copy_(local)
+        everyone = own.new_empty(world * len(own))
+        dist.all_gather_into_tensor(everyone, own)
+        for (name, parameter), rows in zip(part, everyone.view(world, -1).split(sizes, dim=1)):  # (world, size)
+            yield name, rows.reshape(-1)[: parameter.numel()].view(parameter.shape)
+
+
+def save_hf(policy: Policy, processor, folder: Path, *, write: bool = True) -> None:
+    """A folder that `from_pretrained` and vLLM load as it is, in bf16. Every rank of a sharded policy calls it, one with
+    write=True; the whole weights are in its host memory only."""
+    if not write and not policy.sharded:
+        return
+    state = {}
+    for name, tensor in weights(policy):
+        if write:
+            state[name] = tensor.to("cpu", copy=True)  # parameters may be parts of one buffer, which safetensors refuses
+    if not write:
+        return
     if policy.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     policy.model.save_pretrained(folder, state_dict=state)
@@ -435,18 +625,3 @@ def save_hf(policy: Policy, processor, folder: Path) -> None:
     processor.save_pretrained(folder)
     for file in Path(folder).glob("*.safetensors"):  # written for the owner alone; a checkpoint is to be shared
         file.chmod(0o644)
-
-
-def reduce_gradients(gradients: list[Tensor], bucket_bytes: int = 256 << 20) -> None:
-    """Sum gradients over ranks, in flat buckets. A sum, not a mean: the loss is already divided by global counts."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    bucket: list[Tensor] = []
-    for i, gradient in enumerate(gradients):
-        bucket.append(gradient)
-        if i == len(gradients) - 1 or sum(g.nbytes for g in bucket) >= bucket_bytes:
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-                g.copy_(part.view_as(g))
-            bucket = []

@@ -99,15 +99,20 @@ class Server:
     failed_in_a_row: int = 0
 
 
-def open_server(provider: str, model: str, base_url: str | None, **limits) -> Server:
+def access_key(provider: str, base_url: str | None) -> str:
+    """The key for a provider. Raises ValueError, one line, for an unknown one, a secret in the URL or a missing key."""
     if provider not in PROVIDERS:
         raise ValueError(f"provider {provider!r} is unknown: choose {' or '.join(PROVIDERS)}")
-    if base_url and "@" in base_url.partition("://")[2].partition("/")[0]:
-        raise ValueError(f"the base URL holds a user or password: take it out, give a key in {KEYS[provider]}")
+    if base_url and ("@" in base_url or "?" in base_url):
+        raise ValueError(f"the base URL holds a user, a password or a query: take it out, give a key in {KEYS[provider]}")
     key = os.environ.get(KEYS[provider], "").strip()
     if not key and not (base_url or os.environ.get(f"{provider.upper()}_BASE_URL")):
         raise ValueError(f"{KEYS[provider]} is not set: export it, or give the base URL of a server that needs no key")
-    key = key or "no-key-set"
+    return key or "no-key-set"
+
+
+def open_server(provider: str, model: str, base_url: str | None, **limits) -> Server:
+    key = access_key(provider, base_url)
     try:
         library = importlib.import_module(provider)
     except ImportError as error:

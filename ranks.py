@@ -29,6 +29,13 @@ def setup(device: str = "auto", dtype: str = "auto") -> tuple[int, int, torch.de
     return rank, world, place, compute_dtype(dtype, place.type)
 
 
+def join_alone(device: torch.device) -> None:
+    """A process group of one, which sharding (a reference in host memory, say) needs where there are no ranks to join."""
+    if not dist.is_initialized():
+        store = dist.HashStore()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+
+
 def several() -> bool:
     """More than one rank. (A vLLM engine initialises torch.distributed even for one.)"""
     return dist.is_initialized() and dist.get_world_size() > 1
@@ -52,3 +59,45 @@ def leave() -> None:
     """Ends the process group (ours, or the one a vLLM engine made) at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- groups over ranks
+
+
+def balance(owners: list[int], costs: list[float], world: int, *, tolerance: float = 0.01) -> list[int]:
+    """The rank of each group, given the rank that holds it now: as many for each, and costs as even as swapping pairs makes
+    them, to `tolerance` of a rank's share. Few groups move, because one that moves is encoded again where it goes.
+
+    Same input, same answer, so every rank computes it for itself. len(owners) must divide by `world`."""
+    assert len(owners) % world == 0, f"{len(owners)} groups on {world} ranks"
+    owners, share = list(owners), len(owners) // world
+    counts = [owners.count(rank) for rank in range(world)]
+    loads = [sum(c for c, owner in zip(costs, owners) if owner == rank) for rank in range(world)]
+
+    def move(i: int, to: int) -> None:
+        for rank, sign in ((owners[i], -1), (to, 1)):
+            counts[rank], loads[rank] = counts[rank] + sign, loads[rank] + sign * costs[i]
+        owners[i] = to
+
+    while max(counts) > share:
+        full, short = counts.index(max(counts)), counts.index(min(counts))
+        wanted = sum(costs) / len(costs) if loads[full] > loads[short] else min(costs)
+        move(min((i for i, owner in enumerate(owners) if owner == full), key=lambda i: abs(costs[i] - wanted)), short)
+    while (gap := max(loads) - min(loads)) > tolerance * sum(costs) / world:
+        heavy, light = loads.index(max(loads)), loads.index(min(loads))
+        pairs = [(abs(gap - 2 * (costs[i] - costs[j])), i, j) for i, a in enumerate(owners) if a == heavy
+                 for j, b in enumerate(owners) if b == light and 0 < costs[i] - costs[j] < gap]  # fmt: skip
+        if not pairs:
+            break
+        _, i, j = min(pairs)
+        move(i, light)
+        move(j, heavy)
+    return owners
+
+
+def exchange(held: dict[int, object], owners: dict[int, int]) -> dict[int, object]:
+    """What each rank holds, by number, after every item went to the rank that `owners` names; items without one are dropped."""
+    rank = dist.get_rank() if several() else 0
+    sent = gather({i: item for i, item in held.items() if owners.get(i, rank) != rank})
+    arrived = {i: item for items in sent for i, item in items.items() if owners[i] == rank}
+    return arrived | {i: item for i, item in held.items() if owners.get(i) == rank}

@@ -91,17 +91,22 @@ class KVCache:
 
 
 class HFRollout:
-    """Batched sampling with the policy itself; `wake` has nothing to copy."""
+    """Batched sampling with the policy itself, so that `wake` has nothing to copy; or, for a policy that lies in shards,
+    with a whole copy of it (copied=True), which `wake` fills."""
 
     keeps_frozen = True
 
-    def __init__(self, policy: Policy, processor, *, max_sequences: int = 256):
-        self.policy, self.tokenizer = policy, processor.tokenizer
+    def __init__(self, policy: Policy, processor, *, max_sequences: int = 256, copied: bool = False):
+        self.policy, self.copied, self.tokenizer = policy, copied, processor.tokenizer
         self.stop = stop_ids(processor)
         self.max_sequences = max_sequences  # decoded side by side
 
     def wake(self, weights: Iterable[tuple[str, Tensor]] | None = None) -> None:
-        """The policy is the engine: its weights are the current ones."""
+        """The policy is the engine, whose weights are the current ones, unless it is a copy."""
+        if self.copied:
+            own = dict(self.policy.model.named_parameters())
+            for name, tensor in weights:
+                own[name].data.copy_(tensor)
 
     def sleep(self) -> None:
         """Nothing is held between rollouts."""
@@ -321,6 +326,7 @@ class VLLMRollout:
         """Memory for weights, the weights, then memory for the cache; everything computed with old weights is dropped."""
         with self._watch("sync"):
             if self.asleep:
+                torch.cuda.empty_cache()  # what the trainer holds in reserve is the engine's now
                 self.llm.wake_up(tags=["weights"])
             if self.kind == "cuda":  # in place, through vLLM's own loader, which stacks q, k, v and gate, up
                 sent = self.llm.apply_model(lambda model: model.load_weights(weights))[0]

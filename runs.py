@@ -179,6 +179,22 @@ def log_metrics(run: Path, step: int, metrics: Mapping[str, float]) -> None:
     append_lines(path, [line])
 
 
+def open_tracker(name: str, run: Path, config: Mapping) -> Callable[[int, Mapping[str, float]], None]:
+    """`none` or `wandb`: a function that takes a step's metrics. Rank 0 only; a resumed run goes on in the same wandb run.
+
+    Raises ValueError, one line, for another name or without wandb."""
+    if name == "none":
+        return lambda step, metrics: None
+    if name != "wandb":
+        raise ValueError(f"--tracker {name}: one of none, wandb")
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--tracker wandb needs its client: pip install wandb, then wandb login") from error
+    wandb.init(project="spatial-grpo", name=run.name, id=run.name, resume="allow", dir=str(run), config=dict(config))
+    return lambda step, metrics: wandb.log({key: _number(value) for key, value in metrics.items()}, step=step)
+
+
 def _number(value) -> float | int | None:
     if value is None or isinstance(value, (bool, int)):
         return value
@@ -475,13 +491,6 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit("error: " + (" ".join(str(error).split()) or type(error).__name__)) from error
-
-
-def check_preset(arguments: list[str], presets: Collection[str]) -> None:
-    """SystemExit with one line for a first argument that is no preset; without it tyro prints a page."""
-    if len(arguments) < 2 or (not arguments[1].startswith("-") and arguments[1] not in presets):
-        given = f"unknown preset {arguments[1]!r}" if len(arguments) > 1 else "no preset given"
-        raise SystemExit(f"error: {given}: {Path(arguments[0]).name} takes one of {', '.join(presets)}, then flags (--help)")
 
 
 def check_shadowed_kernels() -> None:

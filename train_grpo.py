@@ -29,13 +29,17 @@ import tyro
 from torch import Tensor
 
 import dry_run
+import flags
+import memory
 import ranks
+import rewards
 import scoring
+import speed
 from data.dataset import encode, encode_rows, load_rows
-from kernels.policy_loss import KL_ESTIMATORS, policy_loss
+from kernels.policy_loss import KL_ESTIMATORS, LOSSES
 from metrics import Clock, LossStats, reward_metrics
 from model import (
-    Packed, Policy, frozen_copy, load_policy, pack, pack_groups, reduce_gradients, save_hf, weights,
+    Packed, Policy, frozen_copy, group_tokens, load_policy, pack, pack_groups, save_hf, shard_policy, weights,
 )  # fmt: skip
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import HFRollout, VLLMRollout, choose_rollout
@@ -53,20 +57,21 @@ class Config:
     name: str = "run"  # run folder: runs/NAME
     resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
     dry_run: bool = False  # show rows, a prompt, lengths and memory, then stop
-    seed: int = 1
+    seed: int = 1  # of everything drawn: order of the rows, samples, random weights
 
     # prompts
     style: str = "row"  # spatialthinker, reasoning, no_reasoning, reasoning_end, short, row (the row's own), or a file
     box_frame: str = "original"  # boxes in pixels of the original (published) or the resized picture
     min_pixels: int = 512 * 512  # pictures are resized into this range before the processor sees them
-    max_pixels: int = 2048 * 2048
+    max_pixels: int = 2048 * 2048  # the upper end of that range
     max_prompt_tokens: int = 6144  # longer prompts are dropped at load, and counted
-    max_completion_tokens: int = 2048
+    max_completion_tokens: int = 2048  # longer ones are cut, and say so
+    fixed_length: bool = False  # stop tokens are banned: every completion runs to the limit (measurements)
 
     # sampling
     prompts_per_step: int = 512  # over all ranks
     group_size: int = 8  # completions a prompt
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the samples, and of the log-probs trained on
     val_temperature: float = 0.0  # 0 is greedy
     rollout: str = "auto"  # auto (vllm where it and a GPU are there), hf, vllm
     rollout_sequences: int = 256  # completions decoded side by side
@@ -76,19 +81,30 @@ class Config:
     importance_cap: float = 2.0  # vLLM: cap of the weight exp(trainer - engine log-prob) of a token; 0: no weight
     max_gap: float = 0.2  # the run stops when engine and trainer log-probs differ by more, on average
 
+    dynamic_sampling: bool = False  # sample on until no group of the step has equal rewards
+    max_rounds: int = 4  # of it; what is missing then is filled with groups of equal rewards
+
     # reward
     reward: str = "spatialthinker"  # spatialthinker, vanilla, vanilla-scene, or path/to/file.py:function
     reward_mode: str = "upstream"  # upstream (as published) or corrected
     similarity: str = "lexical"  # of object labels: lexical, exact, spacy (published), or file.py:function
     reward_workers: int | None = None  # processes; None: 0 (this one) for the built-in rewards, up to 4 for a file's
     reward_seconds: float = 10.0  # time limit of one sample
+    # accuracy=0.5,format=0.1,repetition=0.05: the total is this sum of the reward's parts, of `repetition` (rewards.py) and
+    # of `overlong`, DAPO's penalty over the last --overlong-buffer tokens; None: the reward's own total
+    part_weights: str | None = None
+    overlong_buffer: int = 512  # tokens before the limit over which `overlong` falls to -1
 
-    # loss
-    normalize: str = "token"  # token: mean over tokens; sequence: mean over completions of their token means
+    # advantages and loss; docs/recipes.md has Dr.GRPO, DAPO, GSPO, CISPO and RLOO as lists of flags
+    baseline: str = "mean"  # of a completion's reward: mean of its group, or of the others in it (rloo)
     scale_by_std: bool = True  # advantages divided by the group's standard deviation
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    dual_clip: float = 3.0  # 0: off
+    loss: str = "grpo"  # grpo, gspo, cispo (kernels/policy_loss.py)
+    normalize: str = "token"  # token: mean over tokens; sequence: of completions' means; length: over the longest allowed
+    mask_truncated: bool = False  # tokens of completions that ran into the limit do not count
+    clip_low: float = 0.2  # the ratio to the old policy counts down to 1 - this
+    clip_high: float = 0.3  # and up to 1 + this
+    dual_clip: float = 3.0  # a bad token pushes at most this times its advantage; 0: off
+    entropy_coef: float = 0.0  # bonus for the entropy of every token
     kl: str = "k3"  # none, k1, k2, k3, abs, chi2; against the frozen start
     kl_coef: float = 0.01  # 0 loads no reference
 
@@ -96,29 +112,47 @@ class Config:
     steps: int = 75  # rollouts
     mini_batches: int = 4  # optimiser steps a rollout
     token_budget: int = 16384  # packed tokens of a micro-batch
-    lr: float = 1e-6
+    lr: float = 1e-6  # learning rate, its peak
     schedule: str = "constant"  # constant, cosine, linear
     warmup_steps: int = 0  # of optimiser steps
-    optimizer: str = "adamw"  # adamw or muon, on fp32 master weights
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
+    optimizer: str = "adamw"  # adamw, adamw8bit, muon (fp32 master weights), kahan (bf16, what rounding takes is kept)
+    weight_decay: float = 0.01  # AdamW's
+    betas: tuple[float, float] = (0.9, 0.999)  # likewise
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this
     max_skipped: int = 10  # optimiser steps in a row with a non-finite gradient before the run stops
-    freeze_vision: bool = False
-    checkpointing: bool = False  # recompute activations in the backward pass
+    freeze_vision: bool = False  # leave the vision tower as it is (published: trained)
+    offload_moments: bool = False  # AdamW's moments in host memory but for its step: 8 bytes a parameter of GPU memory
+    shard: str = "auto"  # none, optimizer (every rank steps a slice), fsdp (weights in slices too); auto: what memory allows
+    reference: str = "auto"  # gpu (whole on each), sharded (over the ranks), host (in host memory); auto: as the policy
+    checkpoint_layers: int | None = None  # language layers whose activations are recomputed; None: as few as memory needs
+    kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
-    device: str = "auto"
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
 
     # records
     val_every: int = 5  # steps; also before the first and after the last; 0: never
-    save_every: int = 5
+    save_every: int = 5  # steps between checkpoints; also after the last and on a signal
     keep: int = 2  # checkpoints
-    samples_every: int = 5
+    samples_every: int = 5  # steps between whole transcripts in samples.jsonl
+    tracker: str = "none"  # none, or wandb: the metrics go there too
+    report_speed: bool = False  # log tokens, MFU, HFU and memory; print a table of phases at the end
+    profile_step: int | None = None  # write a torch profile of this step's update to the run folder
 
 
 SPATIALTHINKER = Config(
     model="Qwen/Qwen2.5-VL-7B-Instruct", data="OX-PIXL/STVQA-7K@train", val_data="OX-PIXL/STVQA-7K@val", val_limit=None,
-    name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, checkpointing=True,
+    name="spatialthinker-7b", skip_bad_rows=True, val_temperature=0.5, token_budget=12288, offload_moments=True,
+)  # fmt: skip
+
+VANILLA = dict(reward="vanilla", style="reasoning", max_prompt_tokens=2048)  # spec 4.1
+
+# The recipe's flags on random weights and noise; reward at random, because random text has none. One optimiser step a
+# rollout, as the peer of docs/performance.md does it.
+BENCH = replace(
+    SPATIALTHINKER, model="random:3b", data="noise:588x448:270@train", val_data=None, limit=64, name="bench-3b", style="row",
+    min_pixels=784, max_prompt_tokens=1536, max_completion_tokens=512, fixed_length=True, prompts_per_step=16,
+    reward="bench/random_reward.py:reward", engine_memory=0.35, mini_batches=1, steps=4, val_every=0, save_every=1000,
+    samples_every=1000, report_speed=True,
 )  # fmt: skip
 
 PRESETS = {
@@ -140,34 +174,51 @@ PRESETS = {
         "SpatialThinker on Qwen2.5-VL-7B as published: 512 prompts x 8, 75 steps (4 GPUs, 60 H100-hours published).",
         SPATIALTHINKER,
     ),
+    "vanilla-3b": (
+        "The papers' baseline: GRPO on format and accuracy alone, Qwen2.5-VL-3B (4 GPUs).",
+        replace(SPATIALTHINKER, model="Qwen/Qwen2.5-VL-3B-Instruct", name="vanilla-3b", **VANILLA),
+    ),
+    "vanilla-7b": (
+        "The same on Qwen2.5-VL-7B (4 GPUs).", replace(SPATIALTHINKER, name="vanilla-7b", **VANILLA),
+    ),
+    "bench-3b": ("Speed of the 3B recipe on this box, random weights, no files needed: 16 prompts x 8 x 512 tokens.", BENCH),
+    "bench-7b": ("The same in the shape of the 7B.", replace(BENCH, model="random:7b", name="bench-7b")),
 }  # fmt: skip
 
 
-NORMALIZERS = ("token", "sequence")
+NORMALIZERS = ("token", "sequence", "length")
+BASELINES = ("mean", "rloo")
+KERNELS = ("auto", "reference")
 
 # ---------------------------------------------------------------- the algorithm
 
 
-def group_advantages(rewards: Tensor, *, scale_by_std: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, baseline: str = "mean") -> Tensor:
     """rewards (B, G) -> advantages (B, G): above or below the group's mean, in standard deviations (spec 4.2).
 
-    A group of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
+    baseline rloo: above or below the mean of the other completions, which is G / (G - 1) times as far. A group
+    of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 completions: --group-size 2 or more")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if baseline == "rloo":
+        centred = centred * rewards.shape[1] / (rewards.shape[1] - 1)
     if scale_by_std:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
     flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     return centred.masked_fill(flat, 0.0)
 
 
-def token_scale(packed: Packed, normalize: str, tokens: float, sequences: float) -> Tensor:
-    """(M,) weight of each token in the loss, from counts that are global over ranks and micro-batches."""
+def token_scale(packed: Packed, normalize: str, tokens: float, sequences: float, longest: int = 0) -> Tensor:
+    """(M,) weight of each token in the loss, from counts that are global over ranks and micro-batches; `longest` allowed
+    completion, for `length`."""
     if normalize == "token":
         return packed.loss_mask / tokens
     if normalize == "sequence":
         own = torch.zeros_like(packed.lengths, dtype=torch.float32).index_add(0, packed.sequence, packed.loss_mask)
         return packed.loss_mask / (own.clamp(min=1.0)[packed.sequence] * sequences)
+    if normalize == "length":
+        return packed.loss_mask / (longest * sequences)
     raise ValueError(f"--normalize {normalize}: one of {', '.join(NORMALIZERS)}")
 
 
@@ -191,17 +242,18 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
     size = -(-len(prompts) // cfg.mini_batches)
     parts = [slice(i, i + size) for i in range(0, size * cfg.mini_batches, size)]
     batches = [
-        pack(prompts[part], groups[part], policy.config, token_budget=cfg.token_budget, advantages=advantages[part])
+        pack(prompts[part], groups[part], policy.config, token_budget=cfg.token_budget, advantages=advantages[part],
+             mask_truncated=cfg.mask_truncated)
         for part in parts
     ]
+    everything = [packed for packs in batches for packed in packs]
+    policy.checkpoint_layers(memory.layers_to_checkpoint(policy, optimizer, everything, cfg.checkpoint_layers))
+    if reference is not None or cfg.mini_batches > 1:
+        passes_before(policy, reference, everything, cfg)
     stats = LossStats(policy.device)
-    with torch.no_grad():
-        for packed in (p for packs in batches for p in packs):
-            on_device = packed.to(policy.device)
-            if reference is not None:
-                packed.ref_logp = reference(on_device, temperature=cfg.temperature)[0]
-            if cfg.mini_batches > 1:  # with one optimiser step the forward of that step is the old policy
-                packed.old_logp = policy(on_device, temperature=cfg.temperature)[0]
+    settings = dict(loss=cfg.loss, entropy_coef=cfg.entropy_coef, importance_cap=cfg.importance_cap, clip_low=cfg.clip_low,
+                    clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, kl="none" if reference is None else cfg.kl,
+                    kl_coef=cfg.kl_coef)  # fmt: skip
 
     for i, packs in enumerate(batches):
         tokens, sequences, most = global_counts(packs, policy.device)
@@ -209,23 +261,36 @@ def train_step(policy: Policy, reference: Policy | None, optimizer: MasterOptimi
         packs = packs + [replace(packs[0], loss_mask=torch.zeros_like(packs[0].loss_mask))] * (most - len(packs))
         for packed in packs:
             packed = packed.to(policy.device)
-            logp, entropy = policy(packed, temperature=cfg.temperature)
-            scale = token_scale(packed, cfg.normalize, tokens, sequences)
-            loss, seen = policy_loss(
-                logp, packed.advantages, scale, old_logp=packed.old_logp, ref_logp=packed.ref_logp,
-                rollout_logp=packed.rollout_logp if cfg.importance_cap > 0 else None, importance_cap=cfg.importance_cap,
-                clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
-                kl="none" if reference is None else cfg.kl, kl_coef=cfg.kl_coef,
-            )  # fmt: skip
+            scale = token_scale(packed, cfg.normalize, tokens, sequences, cfg.max_completion_tokens)
+            loss, seen, logp, _ = policy(packed, temperature=cfg.temperature, scale=scale, **settings)
             loss.backward()
-            stats.add({**seen, "entropy_sum": (entropy.detach() * (scale > 0)).sum()})
+            stats.add(seen)
             if packed.old_logp is not None or len(batches) == 1:  # nothing was updated since these were sampled
-                stats.add_gap(logp.detach() if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
-        reduce_gradients(optimizer.gradients)
+                stats.add_gap(logp if packed.old_logp is None else packed.old_logp, packed.rollout_logp, scale)
         rate = learning_rate(step * cfg.mini_batches + i, peak=cfg.lr, schedule=cfg.schedule,
                              warmup_steps=cfg.warmup_steps, total_steps=cfg.steps * cfg.mini_batches)  # fmt: skip
         stats.norms.append(optimizer.step(lr=rate))
-    return stats.result() | {"optim/lr": rate, "optim/skipped_in_a_row": trailing_skips(stats.norms)}
+    packed_tokens = float(sum(ranks.gather(sum(len(packed.ids) for packed in everything))))
+    return stats.result() | {"optim/lr": rate, "optim/skipped_in_a_row": trailing_skips(stats.norms),
+                             "speed/packed_tokens": packed_tokens, "speed/checkpointed_layers": float(policy.checkpointed)}  # fmt: skip
+
+
+@torch.no_grad()
+def passes_before(policy: Policy, reference: Policy | None, packs: list[Packed], cfg: Config) -> None:
+    """Writes into the packs what stays fixed over the optimiser steps of a rollout: reference and old log-probs, and the
+    features of a vision tower that is not trained, the reference's own then."""
+    # A forward pass through shards is a collective: every rank runs the same number, the extra ones for nothing.
+    sharded = any(one is not None and one.sharded for one in (policy, reference))
+    extra = max(ranks.gather(len(packs))) - len(packs) if sharded else 0
+    for packed in packs + [replace(packs[0]) for _ in range(extra)]:
+        on_device = packed.to(policy.device)
+        if packed.pixels is not None and not policy.trains_vision:
+            packed.features = on_device.features = policy.picture_features(on_device.pixels, packed.grid)
+            packed.pixels = on_device.pixels = None
+        if reference is not None:
+            packed.ref_logp = reference(on_device, temperature=cfg.temperature)[0]
+        if cfg.mini_batches > 1:  # with one optimiser step the forward of that step is the old policy
+            packed.old_logp = policy(on_device, temperature=cfg.temperature)[0]
 
 
 def trailing_skips(norms: list[float]) -> float:
@@ -249,11 +314,30 @@ def take(rows: list[dict], cursor: int, count: int, seed: int) -> list[dict]:
     return out
 
 
-def score(pool, rows: list[dict], groups: list[list]) -> tuple[Tensor, list[dict]]:
+def score(pool, rows: list[dict], groups: list[list], cfg: Config) -> tuple[Tensor, list[dict]]:
     """Rewards (B, G) and every part by name, a dict a completion in the same order."""
-    texts = [c.text for group in groups for c in group]
-    parts = pool.score(texts, [row for row, group in zip(rows, groups) for _ in group])
+    completions = [c for group in groups for c in group]
+    parts = pool.score([c.text for c in completions], [row for row, group in zip(rows, groups) for _ in group])
+    if weights := part_weights(cfg):
+        for c, own in zip(completions, parts):
+            own["repetition"] = rewards.repetition_penalty(c.text)
+            own["overlong"] = rewards.overlong_penalty(len(c.token_ids), cfg.max_completion_tokens, cfg.overlong_buffer)
+            if missing := weights.keys() - own.keys():
+                raise ValueError(f"--part-weights: the reward {cfg.reward} has no part {missing.pop()!r}, only {', '.join(own)}")
+            own["total"] = sum(weight * own[name] for name, weight in weights.items())
     return torch.tensor([p["total"] for p in parts]).view(len(groups), -1), parts
+
+
+def part_weights(cfg: Config) -> dict[str, float]:
+    """"accuracy=0.5,format=0.1" -> {"accuracy": 0.5, "format": 0.1}; empty for None. Raises ValueError, one line."""
+    weights = {}
+    for part in filter(None, (getattr(cfg, "part_weights", None) or "").split(",")):  # train_sft.py validates without
+        name, _, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"--part-weights {part}: write name=number, say accuracy=0.5") from None
+    return weights
 
 
 def validate(rollout, policy, processor, pool, rows: list[dict], cfg: Config, rank: int, world: int) -> dict:
@@ -264,7 +348,7 @@ def validate(rollout, policy, processor, pool, rows: list[dict], cfg: Config, ra
     groups = rollout.generate(prompts, n=1, max_tokens=cfg.max_completion_tokens, temperature=cfg.val_temperature,
                               seed=cfg.seed) if own else []  # fmt: skip
     rollout.sleep()
-    _, parts = score(pool, own, groups) if own else (None, [])
+    _, parts = score(pool, own, groups, cfg) if own else (None, [])
     return reward_metrics("val", parts, groups)
 
 
@@ -272,9 +356,98 @@ def encoding(cfg: Config) -> dict:
     return dict(style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
 
 
-def sampling_seed(cfg: Config, step: int, rank: int) -> int:
-    """Different for every step and rank, the same when a run is resumed."""
-    return (cfg.seed * 1_000_003 + step) * 1_009 + rank
+def sampling_seed(cfg: Config, step: int, rank: int, round: int = 0) -> int:
+    """Different for every step, rank and round of dynamic sampling, the same when a run is resumed."""
+    return (cfg.seed * 1_000_003 + step) * 1_009 + rank + (round << 48)
+
+
+@dataclass
+class Share:
+    """This rank's part of a step's groups: B whole ones."""
+
+    rows: list[dict]
+    prompts: list
+    groups: list[list]  # B lists of G completions
+    parts: list[dict]  # of the reward, B * G
+
+    @property
+    def rewards(self) -> Tensor:  # (B, G)
+        return torch.tensor([part["total"] for part in self.parts]).view(len(self.groups), -1)
+
+
+def collect(cfg: Config, policy: Policy, rollout, processor, pool, rows: list[dict], cursor: int, step: int, clock: Clock,
+            rank: int, world: int) -> tuple[Share, int, dict]:  # fmt: skip
+    """Rows, completions and rewards of a step: this rank's share, the next cursor, metrics of all that was sampled.
+
+    Dynamic sampling draws on in the one global order, in rounds that all ranks end together, until prompts_per_step groups
+    have unequal rewards; of surplus ones the last go, and the cursor moves past everything drawn."""
+    drawn, held, metrics, every = [], {}, {}, Share([], [], [], [])
+    live: list[int] = []
+    for round in range(cfg.max_rounds if cfg.dynamic_sampling else 1):
+        first, count = len(drawn), draw_next(len(live), len(drawn), cfg.prompts_per_step, world)
+        drawn += take(rows, cursor + first, count, cfg.seed)
+        own = range(first + rank, len(drawn), world)
+        prompts = [encode(drawn[i], processor, **encoding(cfg)) for i in own]
+        clock.lap("encode")
+        if round == 0:
+            rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
+            clock.lap("sync")
+        groups = rollout.generate(prompts, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
+                                  temperature=cfg.temperature, seed=sampling_seed(cfg, step, rank, round))  # fmt: skip
+        clock.lap("generate")
+        if not cfg.dynamic_sampling:
+            metrics |= fall_asleep(rollout, clock)
+        totals, parts = score(pool, [drawn[i] for i in own], groups, cfg)  # (B, G)
+        clock.lap("reward")
+        every.groups, every.parts = every.groups + groups, every.parts + parts
+        for n, i in enumerate(own):
+            own_parts = parts[n * cfg.group_size : (n + 1) * cfg.group_size]
+            held[i] = (groups[n], own_parts, group_tokens(prompts[n], groups[n]), prompts[n])
+        unequal = (totals.amax(dim=1) > totals.amin(dim=1)).tolist()
+        live = sorted(live + [i for found in ranks.gather([i for i, u in zip(own, unequal) if u]) for i in found])
+        if len(live) >= cfg.prompts_per_step:
+            break
+    if cfg.dynamic_sampling:
+        metrics |= fall_asleep(rollout, clock) | {"sampling/rounds": round + 1, "sampling/drawn": len(drawn)}
+    metrics |= reward_metrics("reward", every.parts, every.groups) | {"reward/flat_groups": 1 - len(live) / len(drawn)}
+    metrics["speed/sampled_tokens"] = float(sum(ranks.gather(sum(len(c.token_ids) for group in every.groups for c in group))))
+    share = deal(cfg, drawn, held, live, processor, rank, world)
+    clock.lap("balance")
+    return share, cursor + len(drawn), metrics
+
+
+def draw_next(live: int, drawn: int, wanted: int, world: int) -> int:
+    """How many rows the next round draws: all at first, then as many as the share of live groups so far lets expect."""
+    if drawn == 0:
+        return wanted
+    return min(wanted, -(-(wanted - live) * drawn // (max(1, live) * world)) * world)
+
+
+def fall_asleep(rollout, clock: Clock) -> dict[str, float]:
+    found = {f"memory/after_generate_{who}": gib for who, gib in rollout.memory().items()}
+    rollout.sleep()
+    clock.lap("sleep")
+    return found | {f"memory/after_sleep_{who}": gib for who, gib in rollout.memory().items()}
+
+
+def deal(cfg: Config, drawn: list[dict], held: dict[int, tuple], live: list[int], processor, rank: int, world: int) -> Share:
+    """The groups of the step, in global order, with each mini-batch spread over the ranks by cost (packed tokens)."""
+    if cfg.dynamic_sampling:
+        chosen = sorted([*live, *sorted(set(range(len(drawn))) - set(live))][: cfg.prompts_per_step])
+    else:
+        chosen = list(range(len(drawn)))
+    costs = {i: tokens for found in ranks.gather({i: item[2] for i, item in held.items()}) for i, tokens in found.items()}
+    owners, size = {}, cfg.prompts_per_step // cfg.mini_batches
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        owners |= zip(part, ranks.balance([i % world for i in part], [costs[i] for i in part], world))
+    prompts = {i: item[3] for i, item in held.items()}
+    own = sorted(ranks.exchange({i: item[:2] for i, item in held.items()}, owners).items())
+    return Share(
+        rows=[drawn[i] for i, _ in own],
+        prompts=[prompts[i] if i in prompts else encode(drawn[i], processor, **encoding(cfg)) for i, _ in own],
+        groups=[group for _, (group, _) in own], parts=[part for _, (_, parts) in own for part in parts],
+    )  # fmt: skip
 
 
 def check_config(cfg: Config, world: int) -> None:
@@ -284,10 +457,16 @@ def check_config(cfg: Config, world: int) -> None:
                          f"{cfg.mini_batches} mini-batches")  # fmt: skip
     if cfg.group_size < 2:
         raise ValueError("--group-size: a group needs at least 2 completions")
+    if cfg.dynamic_sampling and cfg.max_rounds < 1:
+        raise ValueError(f"--max-rounds {cfg.max_rounds}: dynamic sampling needs at least one round")
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
+    part_weights(cfg)
     for flag, value, known in (("normalize", cfg.normalize, NORMALIZERS), ("kl", cfg.kl, KL_ESTIMATORS),
-                               ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS)):  # fmt: skip
+                               ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS),
+                               ("kernels", cfg.kernels, KERNELS), ("loss", cfg.loss, LOSSES),
+                               ("baseline", cfg.baseline, BASELINES), ("shard", cfg.shard, memory.SHARDS),
+                               ("reference", cfg.reference, memory.REFERENCES)):  # fmt: skip
         if value not in known:
             raise ValueError(f"--{flag} {value}: one of {', '.join(known)}")
 
@@ -318,24 +497,29 @@ PROMPTING, ASKED_WITH = "prompting.json", ("style", "box_frame", "min_pixels", "
 
 
 def restore(folder, optimizer: MasterOptimizer, rank: int) -> dict:
-    """Weights, optimiser and generators of a checkpoint, in full precision; returns its cursor and counters."""
+    """Weights, optimiser and generators of a checkpoint, in full precision; returns its cursor and counters. It may have
+    been written by another number of ranks. Raises ValueError, one line, if it does not fit this run."""
     state = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    files = sorted((folder / "trainer").glob("rank_*.pt"), key=lambda file: int(file.stem.partition("_")[2]))
+    optimizer.load_state_dict([torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files])
     if rank < len(state["rng"]):
         runs.set_rng_state(state["rng"][rank])
     return state
 
 
 def save(run, step: int, policy, processor, optimizer, cfg: Config, rank: int, **state) -> None:
-    """runs/NAME/step_N: a folder that loads anywhere, and trainer/state.pt to go on from bit for bit."""
+    """runs/NAME/step_N: a folder that loads anywhere, and trainer/ to go on from bit for bit: state.pt, and rank_K.pt of
+    every rank that steps a part of its own."""
     rng = ranks.gather(runs.rng_state())
 
     def write(folder) -> None:
+        save_hf(policy, processor, folder, write=rank == 0)
+        (folder / "trainer").mkdir(exist_ok=True)
         if rank == 0:
-            save_hf(policy, processor, folder)
             (folder / PROMPTING).write_text(json.dumps({key: getattr(cfg, key) for key in ASKED_WITH}, indent=1))
-            (folder / "trainer").mkdir()
-            torch.save({"optimizer": optimizer.state_dict(), "rng": rng, **state}, folder / "trainer" / "state.pt")
+            torch.save({"rng": rng, **state}, folder / "trainer" / "state.pt")
+        if rank == 0 or optimizer.cut:
+            torch.save(optimizer.state_dict(), folder / "trainer" / f"rank_{rank}.pt")
 
     runs.save_checkpoint(run, step, write, keep=cfg.keep, rank=rank, barrier=ranks.barrier)
 
@@ -352,8 +536,12 @@ def main(cfg: Config) -> None:
         with runs.one_line_errors():
             policy, processor = load_policy(
                 cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
-                freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
+                freeze_vision=cfg.freeze_vision, never_stop=cfg.fixed_length, kernels=cfg.kernels == "auto",
             )  # fmt: skip
+            wanted = cfg.reference if cfg.kl != "none" and cfg.kl_coef > 0 else "none"
+            engine = cfg.engine_memory if choose_rollout(cfg.rollout, device) == "vllm" else 0.0
+            shard, reference = memory.choose_shard(cfg, policy, world, reference=wanted, engine=engine)
+            cfg = replace(cfg, shard=shard, reference=reference)
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
             if cfg.dry_run:
@@ -363,30 +551,37 @@ def main(cfg: Config) -> None:
             if isinstance(rollout, VLLMRollout):
                 check_engine(rollout, policy, encode(rows[0], processor, **encoding(cfg)), cfg)
             run = Path("runs") / cfg.name
+            tracker = runs.open_tracker(cfg.tracker if rank == 0 else "none", run, asdict(cfg))
             if rank == 0:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()
             pool.file = run / "failures.jsonl"
-        train(cfg, policy, processor, rollout, pool, rows, val_rows, run, rank, world)
+            reference, optimizer = prepare(cfg, policy, reference=cfg.reference)
+            state = dict(step=0, cursor=0, skipped=0)
+            if cfg.resume and (newest := runs.latest_checkpoint(run)):
+                state = restore(newest[1], optimizer, rank) | {"step": newest[0]}
+        train(cfg, policy, reference, optimizer, processor, rollout, pool, rows, val_rows, run, tracker, rank, world, state)
         ranks.leave()
 
 
 # Settings that a resumed run may change without becoming another run.
 MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
-              "dry_run", "engine_memory", "engine_eager", "sleep_level")  # fmt: skip
+              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step", "tracker", "shard",
+              "reference", "offload_moments")  # fmt: skip
 
 
 def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank: int):
     """The engine, asleep. vLLM sizes its cache by the memory that is free now, so it starts before the optimiser."""
     kind = choose_rollout(cfg.rollout, policy.device)
     if kind == "hf":
-        return HFRollout(policy, processor, max_sequences=cfg.rollout_sequences)
+        copied = cfg.shard == "fsdp"  # decoding goes round the shards
+        return HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
     rollout = VLLMRollout(
         policy.config, processor, banned=policy.banned, max_prompt_tokens=cfg.max_prompt_tokens,
         max_tokens=cfg.max_completion_tokens, memory=cfg.engine_memory, max_sequences=cfg.rollout_sequences,
         sleep_level=cfg.sleep_level, seed=cfg.seed * 1_009 + rank, eager=cfg.engine_eager,
         max_images=max(1, *(len(row["images"]) for row in rows)),
-        dtype=str(next(policy.parameters()).dtype).removeprefix("torch."),
+        dtype=str(policy.dtype).removeprefix("torch."),
     )  # fmt: skip
     rollout.sleep()
     return rollout
@@ -413,17 +608,26 @@ def check_engine(rollout, policy: Policy, prompt, cfg: Config) -> None:
     raise ValueError(f"{said}, more than --max-gap {cfg.max_gap}: try --sleep-level 1, then --rollout hf")
 
 
-def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows, run, rank: int, world: int) -> None:
-    """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
-    reference = frozen_copy(policy) if dry_run.uses_reference(cfg) else None
-    optimizer = MasterOptimizer(
+def prepare(cfg, policy: Policy, *, reference: str = "none") -> tuple[Policy | None, MasterOptimizer]:
+    """The frozen start, unless `reference` is none, and the optimiser; both policies cut over ranks as the settings say."""
+    if cfg.shard == "fsdp" or reference in ("sharded", "host"):
+        ranks.join_alone(policy.device)
+    start = frozen_copy(policy) if reference != "none" else None
+    if reference in ("sharded", "host"):
+        shard_policy(start, masters=False, tower=policy.trains_vision, host=reference == "host")
+    if cfg.shard == "fsdp":
+        shard_policy(policy, tower=policy.trains_vision)
+    return start, MasterOptimizer(
         policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
-        max_grad_norm=cfg.max_grad_norm,
+        max_grad_norm=cfg.max_grad_norm, offload_moments=cfg.offload_moments, shard=cfg.shard,
     )  # fmt: skip
-    start, cursor, skipped = 0, 0, 0
-    if cfg.resume and (newest := runs.latest_checkpoint(run)):
-        state = restore(newest[1], optimizer, rank)
-        start, cursor, skipped = newest[0], state["cursor"], state["skipped"]
+
+
+def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: MasterOptimizer, processor, rollout, pool, rows,
+          val_rows, run, tracker, rank: int, world: int, state: dict) -> None:  # fmt: skip
+    """The loop: one rollout and its optimiser steps after the other, until cfg.steps or a signal."""
+    meter = speed.Meter(policy, passes=(reference is not None) + (cfg.mini_batches > 1)) if cfg.report_speed else None
+    start, cursor, skipped = state["step"], state["cursor"], state["skipped"]
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {len(rows)} rows, {world} ranks on {policy.device.type}, {type(rollout).__name__}, from step {start}")
@@ -436,27 +640,13 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
             metrics |= validate(rollout, policy, processor, pool, val_rows, cfg, rank, world)
             clock.lap("validate")
 
-        own = take(rows, cursor, cfg.prompts_per_step, cfg.seed)[rank::world]
-        cursor += cfg.prompts_per_step
-        prompts = [encode(row, processor, **encoding(cfg)) for row in own]
-        clock.lap("encode")
-        rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
-        clock.lap("sync")
-        groups = rollout.generate(prompts, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
-                                  temperature=cfg.temperature, seed=sampling_seed(cfg, step, rank))  # fmt: skip
-        clock.lap("generate")
-        metrics |= {f"memory/after_generate_{who}": gib for who, gib in rollout.memory().items()}
-        rollout.sleep()
-        metrics |= {f"memory/after_sleep_{who}": gib for who, gib in rollout.memory().items()}
-        clock.lap("sleep")
-        rewards, parts = score(pool, own, groups)  # (B, G)
-        advantages = group_advantages(rewards, scale_by_std=cfg.scale_by_std)  # (B, G)
-        clock.lap("reward")
-        metrics |= train_step(policy, reference, optimizer, prompts, groups, advantages, cfg, step=step)
+        own, cursor, sampled = collect(cfg, policy, rollout, processor, pool, rows, cursor, step, clock, rank, world)
+        advantages = group_advantages(own.rewards, scale_by_std=cfg.scale_by_std, baseline=cfg.baseline)  # (B, G)
+        metrics |= sampled
+        with speed.profiled(run / "profile" if step == cfg.profile_step and rank == 0 else None):
+            metrics |= train_step(policy, reference, optimizer, own.prompts, own.groups, advantages, cfg, step=step)
         clock.lap("update")
 
-        metrics |= reward_metrics("reward", parts, groups)
-        metrics["reward/flat_groups"] = sum(ranks.gather(float((advantages == 0).all(dim=1).float().mean()))) / world
         in_a_row = metrics["optim/skipped_in_a_row"]
         skipped = skipped + in_a_row if in_a_row == cfg.mini_batches else in_a_row
         check_health(cfg, step, metrics, skipped, run)
@@ -466,10 +656,13 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
             metrics |= {f"final_{name}": value for name, value in after.items()}
             clock.lap("validate")
         metrics |= clock.metrics()
+        if meter:
+            metrics |= meter.read(metrics)
         if rank == 0:
             runs.log_metrics(run, step, metrics)
+            tracker(step, metrics)
             if step % cfg.samples_every == 0 or last:
-                runs.log_samples(run, step, transcripts(own, groups, parts, advantages))
+                runs.log_samples(run, step, transcripts(own.rows, own.groups, own.parts, advantages))
             progress.show(step, {"reward": metrics["reward/total"], "accuracy": metrics.get("reward/accuracy", 0.0)})
         if last or stopping or (step + 1) % cfg.save_every == 0:
             save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=cursor, skipped=skipped)
@@ -478,6 +671,8 @@ def train(cfg: Config, policy: Policy, processor, rollout, pool, rows, val_rows,
         if stopping:
             break
     progress.close()
+    if meter and rank == 0:
+        print(speed.report(runs.read_lines(run / "metrics.jsonl"), cfg, world))
     if rank == 0:
         print(f"{run}: metrics.jsonl, samples.jsonl, reward.png, {', '.join(p.name for p in sorted(run.glob('step_*')))}")
 
@@ -493,5 +688,5 @@ def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: flo
 
 
 if __name__ == "__main__":
-    runs.check_preset(sys.argv, PRESETS)
+    flags.check(sys.argv, Config, PRESETS, __doc__.splitlines()[0])
     main(tyro.extras.overridable_config_cli(PRESETS))

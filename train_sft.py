@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the rows that GRPO takes: the papers' baseline (bare answers), or a warm start (scene graphs).
 
     python train_sft.py demo                            a small model from nothing on procedural scenes, before GRPO
-    python train_sft.py sft --model Qwen/Qwen2.5-VL-3B-Instruct --data OX-PIXL/STVQA-7K@train --response answer
+    python train_sft.py sft-3b --data my_rows.jsonl         the papers' baseline: LoRA, bare answers
 
 The prompt is masked: only the response's tokens count, each the same. Rows are packed as groups of one completion, so
 model, packing, optimiser, checkpoints and validation are those of train_grpo.py. Batches are made in worker processes
@@ -23,6 +23,8 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
+import flags
+import memory
 import ranks
 import rewards
 import scoring
@@ -30,10 +32,10 @@ from data.dataset import encode, encode_rows, load_rows
 from data.responses import mistaken_letter, response_text
 from data.scenes import scene_rows
 from metrics import Clock
-from model import Packed, Policy, load_policy, pack, reduce_gradients
+from model import Packed, Policy, add_lora, frozen_copy, load_policy, pack
 from optim import MasterOptimizer, learning_rate
 from rollout import Completion, HFRollout
-from train_grpo import encoding, global_counts, restore, save, take, token_scale, validate
+from train_grpo import encoding, global_counts, prepare, restore, save, take, token_scale, validate
 
 
 @dataclass(frozen=True)
@@ -41,46 +43,53 @@ class Config:
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # checkpoint folder, hub id, or random:tiny|demo|3b|7b
     processor: str | None = None  # tokenizer and picture processor, if not the model's own
     data: str = "OX-PIXL/STVQA-7K@train"  # as train_grpo.py takes it; scenes:LEVEL@train draws new rows for ever
-    val_data: str | None = None
+    val_data: str | None = None  # the same for validation
     limit: int | None = None  # first rows of data only; scenes: None never repeats a row
-    val_limit: int | None = 256
+    val_limit: int | None = 256  # first rows of val_data only
     name: str = "sft"  # run folder: runs/NAME
-    resume: bool = False
-    seed: int = 1
+    resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
+    seed: int = 1  # of everything drawn: rows, random weights
 
+    # what is taught
     response: str = "full"  # full: the four-tag text with its scene graph; answer: the bare answer (the papers' baseline)
     careless: float = 0.0  # share of procedural rows whose response answers wrongly, with the right boxes
     style: str = "row"  # prompt style, as in train_grpo.py
-    box_frame: str = "original"
-    min_pixels: int = 512 * 512
-    max_pixels: int = 2048 * 2048
-    max_prompt_tokens: int = 6144
+    box_frame: str = "original"  # boxes in pixels of the original or the resized picture
+    min_pixels: int = 512 * 512  # pictures are resized into this range before the processor sees them
+    max_pixels: int = 2048 * 2048  # the upper end of that range
+    max_prompt_tokens: int = 6144  # longer prompts are dropped at load, and counted
 
+    # optimisation
     steps: int = 645  # optimiser steps
     rows_per_step: int = 32  # over all ranks
     token_budget: int = 16384  # packed tokens of a micro-batch
     workers: int = 2  # processes that draw, encode and pack; 0: this one
-    lr: float = 1e-5
+    lr: float = 1e-5  # learning rate, its peak
     schedule: str = "cosine"  # constant, cosine, linear
-    warmup_steps: int = 64
-    optimizer: str = "adamw"  # adamw or muon
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    freeze_vision: bool = False
-    checkpointing: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
+    warmup_steps: int = 64  # up to the peak
+    optimizer: str = "adamw"  # adamw, adamw8bit, kahan, muon
+    weight_decay: float = 0.01  # AdamW's
+    betas: tuple[float, float] = (0.9, 0.999)  # likewise
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this
+    lora_rank: int = 0  # above 0: only low-rank corrections of the language model's layers are trained (needs peft)
+    freeze_vision: bool = False  # leave the vision tower as it is
+    offload_moments: bool = False  # this and the next two: see train_grpo.py
+    shard: str = "auto"  # none, optimizer, fsdp
+    checkpoint_layers: int | None = None  # language layers whose activations are recomputed
+    kernels: str = "auto"  # auto (Triton and Liger on a GPU) or reference (plain torch)
+    dtype: str = "auto"  # of weights and compute: auto (bfloat16 on a GPU, float32 otherwise), float32, bfloat16
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
 
+    # validation and records
     max_completion_tokens: int = 512  # of validation
-    val_temperature: float = 0.0
-    rollout_sequences: int = 256
+    val_temperature: float = 0.0  # 0 is greedy
+    rollout_sequences: int = 256  # completions decoded side by side
     reward: str = "spatialthinker"  # of validation
-    reward_mode: str = "corrected"
-    similarity: str = "exact"
-    val_every: int = 100
-    save_every: int = 100
-    keep: int = 2
+    reward_mode: str = "corrected"  # or upstream
+    similarity: str = "exact"  # of object labels: lexical, exact, spacy, or file.py:function
+    val_every: int = 100  # steps; 0: never
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # checkpoints
 
 
 DEMO = Config(
@@ -90,8 +99,12 @@ DEMO = Config(
     warmup_steps=100, weight_decay=0.0, betas=(0.9, 0.95), val_every=400, save_every=400,
 )  # fmt: skip
 
+# Spec 4.4: LoRA on the language model's layers, lr 1e-4 cosine, warm-up over a tenth, context 2,048, no reasoning.
+SFT = Config(response="answer", style="no_reasoning", lora_rank=8, lr=1e-4, max_prompt_tokens=2048, name="sft-3b")
+
 PRESETS = {
-    "sft": ("The papers' baseline on Qwen2.5-VL-3B: three passes over STVQA-7K, bare answers.", Config(response="answer")),
+    "sft-3b": ("The papers' SFT baseline on Qwen2.5-VL-3B: LoRA of rank 8, three passes over STVQA-7K, bare answers (one GPU).", SFT),
+    "sft-7b": ("The same on Qwen2.5-VL-7B.", replace(SFT, model="Qwen/Qwen2.5-VL-7B-Instruct", name="sft-7b")),
     "demo-sees": ("A small model learns to see procedural scenes, from nothing: minutes on one GPU.", DEMO),
     "demo-careless": (
         "The model that sees, taught careless answers to right boxes: what reinforcement learning then mends.",
@@ -143,17 +156,19 @@ def response_of(row: dict, cfg: Config) -> str:
     return response_text(row, letter=mistaken_letter(row) if careless else row["gold"])
 
 
-def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float) -> dict[str, float]:
+def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float,
+             checkpoint_layers: int | None = None) -> dict[str, float]:  # fmt: skip
     """One optimiser step on this rank's micro-batches; the loss is the mean over all ranks' response tokens."""
-    tokens, sequences, _ = global_counts(packs, policy.device)
+    tokens, sequences, most = global_counts(packs, policy.device)
     total = torch.zeros((), device=policy.device)
-    for packed in packs:
+    policy.checkpoint_layers(memory.layers_to_checkpoint(policy, optimizer, packs, checkpoint_layers))
+    # Through shards every pass is a collective: every rank runs the same number, the extra ones with weight 0.
+    for packed in packs + [replace(packs[0], loss_mask=torch.zeros_like(packs[0].loss_mask))] * (most - len(packs)):
         packed = packed.to(policy.device)
         logp, _ = policy(packed)
         loss = -(logp * token_scale(packed, "token", tokens, sequences)).sum()
         loss.backward()
         total += loss.detach()
-    reduce_gradients(optimizer.gradients)
     norm = optimizer.step(lr=lr)
     return {"loss/sft": sum(ranks.gather(float(total))), "optim/grad_norm": norm, "data/tokens": tokens}
 
@@ -173,8 +188,10 @@ def main(cfg: Config) -> None:
         with runs.one_line_errors():
             policy, processor = load_policy(
                 cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
-                freeze_vision=cfg.freeze_vision, checkpointing=cfg.checkpointing,
+                freeze_vision=cfg.freeze_vision, kernels=cfg.kernels == "auto",
             )  # fmt: skip
+            if cfg.lora_rank:
+                add_lora(policy, cfg.lora_rank)
             endless = cfg.limit is None and cfg.data.startswith("scenes")
             rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_sft_rows(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
@@ -182,23 +199,25 @@ def main(cfg: Config) -> None:
             if rank == 0:
                 runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
             ranks.barrier()
-        train(cfg, policy, processor, pool, rows, val_rows, run, rank, world)
+            cfg = replace(cfg, shard=memory.choose_shard(cfg, policy, world)[0])
+            if cfg.lora_rank and cfg.shard == "fsdp":
+                raise ValueError("--lora-rank trains few numbers: --shard none or optimizer, not fsdp")
+            copied = cfg.shard == "fsdp"
+            rollout = HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
+            _, optimizer = prepare(cfg, policy)
+            start = 0
+            if cfg.resume and (newest := runs.latest_checkpoint(run)):
+                start = newest[0]
+                restore(newest[1], optimizer, rank)
+        train(cfg, policy, optimizer, processor, rollout, pool, rows, val_rows, run, rank, world, start)
         ranks.leave()
 
 
-MAY_DIFFER = ("resume", "val_every", "save_every", "keep", "workers")  # not steps: the schedule hangs on them
+MAY_DIFFER = ("resume", "val_every", "save_every", "keep", "workers", "shard", "offload_moments")  # not steps: the schedule hangs on them
 
 
-def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, rank: int, world: int) -> None:
-    optimizer = MasterOptimizer(
-        policy.named_parameters(), kind=cfg.optimizer, weight_decay=cfg.weight_decay, betas=cfg.betas,
-        max_grad_norm=cfg.max_grad_norm,
-    )  # fmt: skip
-    rollout = HFRollout(policy, processor, max_sequences=cfg.rollout_sequences)
-    start = 0
-    if cfg.resume and (newest := runs.latest_checkpoint(run)):
-        start = newest[0]
-        restore(newest[1], optimizer, rank)
+def train(cfg: Config, policy: Policy, optimizer: MasterOptimizer, processor, rollout, pool, rows, val_rows, run, rank: int,
+          world: int, start: int) -> None:  # fmt: skip
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {'endless' if rows is None else len(rows)} rows, {world} ranks on {policy.device.type}, from step {start}")
@@ -211,7 +230,7 @@ def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, ran
         metrics, rate = {}, learning_rate(step, peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps,
                                           total_steps=cfg.steps)  # fmt: skip
         clock.lap("data")
-        metrics |= sft_step(policy, optimizer, packs, lr=rate)
+        metrics |= sft_step(policy, optimizer, packs, lr=rate, checkpoint_layers=cfg.checkpoint_layers)
         clock.lap("update")
         last, stopping = step + 1 == cfg.steps, any(ranks.gather(stop.requested))
         if val_rows and not stopping and (last or (cfg.val_every and (step + 1) % cfg.val_every == 0)):
@@ -232,5 +251,5 @@ def train(cfg: Config, policy: Policy, processor, pool, rows, val_rows, run, ran
 
 
 if __name__ == "__main__":
-    runs.check_preset(sys.argv, PRESETS)
+    flags.check(sys.argv, Config, PRESETS, __doc__.splitlines()[0])
     main(tyro.extras.overridable_config_cli(PRESETS))

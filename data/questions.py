@@ -34,7 +34,7 @@ def object_names(k: dict) -> list[str]:
 
 
 def plural(name: str) -> str:
-    return name + ("es" if name.endswith("ss") else "s")
+    return name[:-1] + "ves" if name.endswith("lf") else name + ("es" if name.endswith("ss") else "s")
 
 
 def _some(draw: Draw, k: dict, at_least: int) -> int:

@@ -1,23 +1,29 @@
-"""Procedural scenes: flat pictures with an exact scene graph and a question whose answer follows from the boxes.
+"""Procedural scenes: pictures with an exact scene graph and a question whose answer follows from geometry.
 
     python -m data.scenes --out DIR --n 5000 --val 500 --level demo --seed 0     STVQA-schema parquet files
-    python -m data.scenes --show sheet.png                                       twelve scenes to look at
+    python -m data.scenes --show sheet.png --level room                          twelve scenes to look at
     python -m data.scenes --bench                                                scenes drawn per second
 
+Levels easy, demo, medium and hard are flat: coloured shapes, answers from boxes (this file, data/questions.py,
+data/drawing.py). Levels plane and room are three-dimensional (data/quiz.py asks, data/staging.py places, data/world.py
+knows the facts, data/solids.py draws); level clip is a walk through a room, as video (data/clips.py).
+
 Boxes are [x1, y1, x2, y2] in pixels, x2 and y2 one past the last pixel drawn, so width = x2 - x1. A centre is
-((x1 + x2) // 2, (y1 + y2) // 2). With these two sentences every answer can be recomputed from boxes alone.
+((x1 + x2) // 2, (y1 + y2) // 2). With these two sentences every flat answer can be recomputed from boxes alone; those
+of plane and room follow from row["meta"]["world"]: camera, and every thing's place, extents and turn, in metres.
 
 Three rules keep the world honest:
   1. The options are drawn first, the right one uniformly among them, and only then a scene that makes it right. So
      letter, option texts and question say nothing about the answer: a blind guess is at chance.
   2. Near ties are not asked: every question keeps a margin (a knob), and where boxes and drawn pixels could disagree
      (which of two shapes is larger, do they touch) both must say the same.
-  3. Integers only, on PCG64's raw stream, which NumPy keeps stable (NEP 19; Generator's own methods may change): one
-     seed gives one picture, byte for byte, on every machine.
+  3. Random integers only, on PCG64's raw stream, which NumPy keeps stable (NEP 19; Generator's own methods may change),
+     and of float arithmetic what IEEE 754 fixes: one seed gives one picture, byte for byte, on every machine.
 """
 
 import argparse
 import json
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +31,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data import clips, staging
+from data.clips import CLIPS, clip_row
 from data.drawing import CELLS, COLOURS, SHAPES, Box, Draw, all_sides_seen, clear_contact, direction, paint, shared
 from data.questions import PLANS, Plan
+from data.quiz import QUIZZES, Quiz, other_answer
 from data.responses import response_text
 from data.rows import write_stvqa
+from data.staging import WORLDS, Shot, describe, scene_for
 
 _DEMO = {
     "width": 112, "height": 112,
@@ -145,7 +155,7 @@ def _place(draw: Draw, plan: Plan, k: dict) -> tuple[list[Box], list[int]]:
 
 
 def draw_scene(seed: int, knobs: dict) -> Scene:
-    """The scene and the question of a seed. knobs: a whole dict, as in LEVELS or as resolve_knobs returns it.
+    """The flat scene and the question of a seed. knobs: a whole dict, as in LEVELS or as resolve_knobs returns it.
 
     Raises ValueError if the knobs leave no room for such a scene.
     """
@@ -185,8 +195,10 @@ def _triple(subject: str, predicate: str, other: str) -> dict:
 
 def resolve_knobs(level: str = "demo", knobs: dict | None = None) -> dict:
     """A level's knobs with some replaced. ValueError, one line, for an unknown name or a value that cannot work."""
+    if level in WORLDS or level in CLIPS:
+        return _resolve_world(level, knobs or {})
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
+        raise ValueError(f"unknown level {level!r}; known: {', '.join([*LEVELS, *WORLDS, *CLIPS])}")
     given = knobs or {}
     for name in given:
         if name not in _DEMO:
@@ -218,12 +230,83 @@ def resolve_knobs(level: str = "demo", knobs: dict | None = None) -> dict:
     return k
 
 
+def _resolve_world(level: str, given: dict) -> dict:
+    known = (WORLDS | CLIPS)[level]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown knob {name!r}; known: {', '.join(known)}")
+        if isinstance(known[name], dict) and not set(given[name]) <= set(known[name]):
+            raise ValueError(f"knob {name}={given[name]} names no known category; known: {', '.join(known[name])}")
+    k = json.loads(json.dumps(known | given))
+    if level in WORLDS:
+        k["options"] = known["options"] | k["options"]
+    for name, bad in (staging if level in WORLDS else clips).wrong_knobs(k):
+        if bad:
+            raise ValueError(f"knob {name}={k[name]} cannot work; level {level} has {name}={known[name]}")
+    return k
+
+
+def draw_shots(seed: int, knobs: dict, *, twin: bool = False) -> tuple[Quiz, list[str], list[Shot]]:
+    """The question of a seed in a three-dimensional level, the answers, and as many pictures: one, or two twins that
+    differ in a single fact and in the answer. ValueError if the knobs leave no room."""
+    draw = Draw(seed)
+    quiz = QUIZZES[draw.pick([c for c, weight in knobs["mix"].items() for _ in range(weight)])](draw, knobs)
+    answers = [quiz.gold, other_answer(draw, quiz)] if twin else [quiz.gold]
+    return quiz, answers, scene_for(draw, quiz, knobs, *answers[1:])
+
+
 def scene_row(seed: int, *, level: str = "demo", knobs: dict | None = None) -> dict:
     """One seed as a row (design section 3). knobs replaces single knobs of the level; meta keeps all of them."""
     return _row(seed, level, resolve_knobs(level, knobs))
 
 
+def scene_twins(seed: int, *, level: str = "room", knobs: dict | None = None) -> tuple[dict, dict]:
+    """Two rows with one question and the same options, whose pictures differ in one fact (a thing moved, turned, resized
+    or replaced) and so in the answer. meta["pair"] is the same in both; meta["edited"] names the thing, as it is there."""
+    if level not in WORLDS:
+        raise ValueError(f"level {level!r} has no twins; known: {', '.join(WORLDS)}")
+    k = resolve_knobs(level, knobs)
+    quiz, answers, shots = draw_shots(seed, k, twin=True)
+    pairs = enumerate(zip(*(shot.world.things for shot in shots), strict=True))
+    (changed,) = [i for i, (a, b) in pairs if a != b]
+    rows = []
+    for answer, shot in zip(answers, shots, strict=True):
+        row = _world_row(seed, level, k, quiz, answer, shot)
+        name = f"{row['id']}-{'ab'[len(rows)]}"
+        rows.append(row | {"id": name, "meta": row["meta"] | {"pair": row["id"], "edited": shot.ids[changed]}})
+    return rows[0], rows[1]
+
+
+def _world_row(seed: int, level: str, k: dict, quiz: Quiz, answer: str, shot: Shot) -> dict:
+    about = quiz.about(answer)
+    triples = [_triple(shot.ids[quiz.triple[0]], answer, shot.ids[quiz.triple[1]])] if quiz.triple else []
+    return {
+        "id": f"scenes-{level}-{seed}",
+        "source": "scenes",
+        "category": quiz.category,
+        "images": [Image.fromarray(shot.picture.image)],
+        "question": quiz.question,
+        "options": quiz.options,
+        "gold": "ABCD"[quiz.options.index(answer)],
+        "kind": "choice",
+        "size": (k["width"], k["height"]),
+        "scene": {
+            "objects": [{"id": shot.ids[i], "bbox": list(shot.boxes[i])} for i in about],
+            "relationships": triples,
+        },
+        "map": None,
+        "problem": None,
+        "style": None,
+        "meta": {"level": level, "knobs": k, "seed": seed, "task": quiz.task, "world": describe(shot)},
+    }
+
+
 def _row(seed: int, level: str, k: dict) -> dict:
+    if level in WORLDS:
+        quiz, (answer,), (shot,) = draw_shots(seed, k)
+        return _world_row(seed, level, k, quiz, answer, shot)
+    if level in CLIPS:
+        return clip_row(seed, level, k)
     scene = draw_scene(seed, k)
     plan = scene.plan
     return {
@@ -262,34 +345,39 @@ def scene_rows(
 
 
 def contact_sheet(rows: list[dict], path: str | Path, *, columns: int = 4) -> None:
-    """Pictures three times as large, gold boxes outlined, question and options below, the right one with a star."""
-    zoom, text_height = 3, 120
+    """Small pictures three times as large, gold boxes outlined, question and options below, the right one with a star;
+    of a clip every fourth frame, half as large."""
     width, height = rows[0]["size"]
+    zoom, text_height = 3 if width < 230 and rows[0]["images"] else 1, 120
     tile_w, tile_h = max(zoom * width, 330) + 10, zoom * height + text_height
     sheet = Image.new("RGB", (columns * tile_w, -(-len(rows) // columns) * tile_h), "white")
     pen = ImageDraw.Draw(sheet)
     for n, row in enumerate(rows):
         left, top = n % columns * tile_w, n // columns * tile_h
-        sheet.paste(row["images"][0].resize((zoom * width, zoom * height), Image.Resampling.NEAREST), (left, top))
-        for thing in row["scene"]["objects"]:
+        for i, frame in enumerate(row.get("video", [])[::4]):
+            small = frame.resize((width // 2, height // 2))
+            sheet.paste(small, (left + i % 2 * width // 2, top + i // 2 * height // 2))
+        for picture in row["images"]:
+            sheet.paste(picture.resize((zoom * width, zoom * height), Image.Resampling.NEAREST), (left, top))
+        scene = row["scene"] or {"objects": [], "relationships": []}
+        for thing in scene["objects"]:
             x1, y1, x2, y2 = (zoom * c for c in thing["bbox"])
             pen.rectangle((left + x1 - 1, top + y1 - 1, left + x2, top + y2), outline="black")
-        triples = ["{subject} {predicate} {object}".format(**r) for r in row["scene"]["relationships"]]
+        triples = ["{subject} {predicate} {object}".format(**r) for r in scene["relationships"]]
         options = [f"{'*' if c == row['gold'] else ' '}({c}) {o}" for c, o in zip("ABCD", row["options"], strict=False)]
         think = response_text(row).split("<think>")[1].split("</think>")[0]
-        words = row["question"].split()
-        lines = [" ".join(words[:9]), " ".join(words[9:]), *options, think, *triples]
+        lines = [*textwrap.wrap(row["question"], 56), *options, *textwrap.wrap(think, 56)[:3], *triples]
         pen.multiline_text((left + 4, top + zoom * height + 2), "\n".join(line for line in lines if line), "black")
     sheet.save(path)
 
 
 def bench(level: str, *, seconds: float = 3.0) -> float:
-    """Rows per second on this core."""
-    n, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        scene_rows(50, level=level, start=n)
-        n += 50
-    return n / (time.perf_counter() - begin)
+    """Rows per second of processor time, one thread: what else runs on the machine hardly counts."""
+    n, begin = 0, time.process_time()
+    while time.process_time() - begin < seconds:
+        scene_rows(10, level=level, start=n)
+        n += 10
+    return n / (time.process_time() - begin)
 
 
 def main() -> None:
@@ -297,7 +385,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for train- and val-00000-of-00001.parquet")
     parser.add_argument("--n", type=int, default=1000, help="training rows")
     parser.add_argument("--val", type=int, default=0, help="validation rows")
-    parser.add_argument("--level", default="demo", help=", ".join(LEVELS))
+    parser.add_argument("--level", default="demo", help=", ".join([*LEVELS, *WORLDS, *CLIPS]))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=Path, help="PNG file for a sheet of twelve scenes")
     parser.add_argument("--bench", action="store_true", help="print scenes per second")

@@ -66,6 +66,17 @@ def make_group(policy, lengths, seed: int = 0) -> list[Completion]:
     return group
 
 
+def saved_masters(folder: Path) -> dict[str, torch.Tensor]:
+    """name -> fp32 master, from the files of all ranks of a checkpoint."""
+    files = sorted((folder / "trainer").glob("rank_*.pt"), key=lambda file: int(file.stem[5:]))
+    states = [torch.load(file, weights_only=True) for file in files]
+    whole = [torch.cat([part["master"] for part in parts]) for parts in zip(*(state["slices"] for state in states), strict=True)]
+    return {
+        name: whole[bucket][at : at + torch.Size(shape).numel()].view(shape)
+        for name, (bucket, at), shape in zip(states[0]["names"], states[0]["places"], states[0]["shapes"], strict=True)
+    }
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """policy and processor shared by all tests: to be looked at, not trained."""

@@ -157,7 +157,7 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def trainer_state(run: Path) -> dict:
-    """state.pt as {path: leaf}, so that two of them compare in one line each."""
+    """state.pt and rank_0.pt as {path: leaf}, so that two of them compare in one line each."""
 
     def flat(value, path):
         if isinstance(value, dict):
@@ -166,13 +166,14 @@ def trainer_state(run: Path) -> dict:
             return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{path}.{i}").items()}
         return {path: value}
 
-    return flat(torch.load(run / f"step_{STEPS}" / "trainer" / "state.pt", weights_only=True), "state")
+    folder = run / f"step_{STEPS}" / "trainer"
+    return {k: v for name in ("state", "rank_0") for k, v in flat(torch.load(folder / f"{name}.pt", weights_only=True), name).items()}
 
 
 def assert_same_state(a: dict, b: dict) -> None:
     own = ("state.rng.0.python", "state.rng.0.numpy")  # nobody draws from these here; processes start them differently
     a, b = ({k: v for k, v in state.items() if not k.startswith(own)} for state in (a, b))
-    assert a.keys() == b.keys() and sum(isinstance(v, torch.Tensor) for v in a.values()) > 100
+    assert a.keys() == b.keys() and sum(v.numel() for v in a.values() if isinstance(v, torch.Tensor)) > 100_000
     for path, value in a.items():
         same = torch.equal(value, b[path]) if isinstance(value, torch.Tensor) else value == b[path]
         assert same, path

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from model import (
     pack,
     pack_groups,
     plan_packs,
-    reduce_gradients,
     save_hf,
     stop_ids,
     weights,
@@ -344,7 +344,7 @@ def bytes_kept(policy, packed) -> int:
 def test_checkpointing_keeps_less_and_computes_the_same(own, prompts):
     packed = pack_groups([prompts["one"]], [make_group(own.policy, (9, 5))], own.config)
     plain, kept = gradients(own.policy, some_loss(*own.policy(packed))), bytes_kept(own.policy, packed)
-    own.policy.checkpoint_activations()
+    own.policy.checkpoint_layers(2)
     again = gradients(own.policy, some_loss(*own.policy(packed)))
     for name, g in plain.items():
         torch.testing.assert_close(again[name], g, rtol=1e-5, atol=1e-6)
@@ -470,13 +470,65 @@ def test_a_tokenizer_larger_than_the_shape_is_refused(monkeypatch):
         load_model("random:tiny")
 
 
-def test_one_rank_reduces_nothing():
-    gradient = torch.tensor([1.0, 2.0])
-    reduce_gradients([gradient])
-    assert gradient.tolist() == [1.0, 2.0]
-
-
 def test_two_policies_of_one_seed_are_the_same_policy(tiny):
     """Other processes rebuild the policy of these tests from its seed."""
     again, _ = new_policy()
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), tiny.policy.parameters()))
+
+
+# ---------------------------------------------------------------- faster forms of the same modules
+
+
+def test_patch_embedding_as_a_product_is_the_convolution_and_a_copy_has_its_own_weights():
+    model, _ = load_model("random:tiny", seed=3)
+    embed = model.model.visual.patch_embed
+    pixels = torch.randn(5, embed.proj.weight[0].numel())
+    expected = type(embed).forward(embed, pixels)
+    torch.testing.assert_close(embed(pixels), expected, rtol=1e-5, atol=1e-5)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.visual.patch_embed.proj.weight.zero_()
+    assert other.model.visual.patch_embed(pixels).abs().max() == 0
+    torch.testing.assert_close(embed(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_columns_change_neither_output_nor_gradients_of_the_vision_mlp():
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
+
+    plain = Qwen2_5_VLMLP(SimpleNamespace(hidden_size=6, intermediate_size=13, hidden_act="silu"), bias=True).double()
+    aligned = copy.deepcopy(plain)
+    model_module.align_mlp(aligned)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert aligned.forward.__func__ is not type(plain).forward
+    torch.testing.assert_close(aligned(x), plain(x))
+    for mlp in (plain, aligned):
+        mlp(x).square().sum().backward()
+    for a, b in zip(aligned.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+# ---------------------------------------------------------------- low-rank corrections
+
+
+def test_lora_trains_little_starts_at_nothing_and_is_handed_out_as_sums():
+    policy, processor = new_policy(seed=4)
+    prompt = make_prompt(processor, "where", [(56, 84)])
+    packed = pack_groups([prompt], [make_group(policy, (6, 4))], policy.config)
+    before, whole = policy(packed)[0].detach(), dict(weights(policy, dtype=None))
+    whole = {name: tensor.clone() for name, tensor in whole.items()}
+    model_module.add_lora(policy, 4)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name and "visual" not in name for name in trained)
+    torch.testing.assert_close(policy(packed)[0].detach(), before)
+    policy(packed)[0].sum().backward()
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if name in trained:
+                p.add_(torch.randn(p.shape) * 0.1)
+    handed = dict(weights(policy, dtype=None))
+    assert handed.keys() == whole.keys()
+    moved = {name for name in whole if not torch.equal(handed[name], whole[name])}
+    assert moved == set(dict(weights(policy, dtype=None, trained=True))) and all("_proj.weight" in name for name in moved)
+    plain, _ = new_policy(seed=4)
+    plain.model.load_state_dict({**handed, "lm_head.weight": handed["model.language_model.embed_tokens.weight"]})
+    torch.testing.assert_close(plain(packed)[0], policy(packed)[0], rtol=1e-4, atol=1e-4)

@@ -290,7 +290,7 @@ def test_wake_uses_the_policy_as_it_is_now(own, prompts):
 def test_activation_checkpointing_does_not_take_the_cache_away(own, prompts, training):
     """transformers drops the cache in training mode with checkpointing on: the rollout must not depend on it."""
     expected = generate(own, [prompts["one"], prompts["text"]])
-    own.policy.checkpoint_activations()
+    own.policy.checkpoint_layers(2)
     own.policy.train(training)
     assert generate(own, [prompts["one"], prompts["text"]]) == expected
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,6 +304,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path):
     path = script(tmp_path, """
 import os, runs
 from pathlib import Path
+from types import SimpleNamespace
 run = Path(sys.argv[1])
 def write(folder, die=False):
     (folder / "a").write_text("a")
@@ -353,6 +355,7 @@ def test_signals_only_set_a_flag_and_a_second_ctrl_c_interrupts(tmp_path):
 STEPS = """
 import os, runs, signal
 from pathlib import Path
+from types import SimpleNamespace
 run = runs.open_run(Path(sys.argv[1]), {}, resume="--resume" in sys.argv)
 newest = runs.latest_checkpoint(run)
 start = newest[0] if newest else 0
@@ -500,3 +503,25 @@ def test_plot_shows_reward_parts_and_validation(tmp_path):
     assert {tuple(bytes.fromhex(colour[1:])) for colour in runs.COLOURS[:3]} <= drawn, "the total and two parts"
     assert tuple(bytes.fromhex(runs.COLOURS[3][1:])) not in drawn, "the length is no reward"
     assert not list(tmp_path.glob("*.tmp*"))
+
+
+# ---------------------------------------------------------------- tracker
+
+
+def test_wandb_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
+    calls = []
+    fake = SimpleNamespace(init=lambda **kwargs: calls.append(kwargs), log=lambda metrics, step: calls.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = runs.open_tracker("wandb", tmp_path / "mine", {"lr": 1e-6})
+    log(3, {"reward/total": torch.tensor(0.5), "loss": float("nan")})
+    assert calls[0]["id"] == "mine" and calls[0]["config"] == {"lr": 1e-6} and calls[0]["resume"] == "allow"
+    assert calls[1] == (3, {"reward/total": 0.5, "loss": None})
+
+
+def test_no_tracker_logs_nothing_and_an_unknown_one_is_one_line(tmp_path, monkeypatch):
+    assert runs.open_tracker("none", tmp_path, {})(0, {"a": 1.0}) is None
+    with pytest.raises(ValueError, match="--tracker mlflow: one of none, wandb"):
+        runs.open_tracker("mlflow", tmp_path, {})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        runs.open_tracker("wandb", tmp_path, {})

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import make_group
 
+import model
 import train_grpo
-from kernels.policy_loss import policy_loss
+from kernels.linear_policy_loss import linear_policy_loss
 from model import frozen_copy, pack_groups
 from optim import MasterOptimizer
 from rollout import HFRollout
@@ -235,11 +236,12 @@ def test_old_log_probs_are_those_before_the_first_of_several_steps(own, prompts,
     start = frozen_copy(own.policy)
     seen = []
 
-    def spy(logp, *args, old_logp, **kwargs):
-        seen.append((logp.detach(), old_logp))
-        return policy_loss(logp, *args, old_logp=old_logp, **kwargs)
+    def spy(*args, old_logp, **kwargs):
+        result = linear_policy_loss(*args, old_logp=old_logp, **kwargs)
+        seen.append((result[2], old_logp))
+        return result
 
-    monkeypatch.setattr(train_grpo, "policy_loss", spy)
+    monkeypatch.setattr(model, "linear_policy_loss", spy)
     recorder = Recorder(own.policy, MasterOptimizer(own.policy.named_parameters()))
     cfg = replace(STEP, mini_batches=2, token_budget=10_000, schedule="linear")
     metrics = train_step(own.policy, None, recorder, chosen, groups, advantages, cfg, step=3)
@@ -308,11 +310,11 @@ def test_rule_11_a_gradient_that_is_not_finite_is_skipped_and_counted(own, promp
     data, calls = real_batch(own, prompts), []
 
     def poisoned(*args, **kwargs):
-        loss, stats = policy_loss(*args, **kwargs)
+        loss, *rest = linear_policy_loss(*args, **kwargs)
         calls.append(1)
-        return (loss * math.nan if len(calls) == bad_step + 1 else loss), stats
+        return (loss * math.nan if len(calls) == bad_step + 1 else loss), *rest
 
-    monkeypatch.setattr(train_grpo, "policy_loss", poisoned)
+    monkeypatch.setattr(model, "linear_policy_loss", poisoned)
     optimizer = MasterOptimizer(own.policy.named_parameters())
     weights = []
 

@@ -1,0 +1,76 @@
+"""The update alone, without an engine: one training step's passes on completions made up at random, timed and profiled.
+
+    python -m bench.update --out DIR                     on a GPU: the 3B shape, 16 groups of 8 x 512 tokens
+    python -m bench.update --out DIR --model random:tiny --tokens 32 --prompts 2
+
+Rows, flags and token counts are those of the preset bench-3b; completions are random ids. DIR gets update.json, and
+profile/ (seconds by kernel, a trace for Perfetto) of the last step. For work on the update: the whole step is the preset's.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+import memory
+import speed
+from data.dataset import encode, load_rows
+from model import frozen_copy, load_policy
+from optim import MasterOptimizer
+from rollout import Completion
+from train_grpo import BENCH, encoding, train_step
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path
+    model: str = "random:3b"
+    prompts: int = 16
+    tokens: int = 512
+    steps: int = 3
+    offload_moments: bool = True
+    kernels: str = "auto"
+    checkpoint_layers: int | None = None
+    token_budget: int = BENCH.token_budget
+    profile: bool = True
+
+
+def main(cfg: Config) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy, processor = load_policy(cfg.model, dtype=dtype, device=str(device), never_stop=True, kernels=cfg.kernels == "auto")
+    reference = frozen_copy(policy)
+    train_cfg = replace(BENCH, prompts_per_step=cfg.prompts, token_budget=cfg.token_budget, checkpoint_layers=cfg.checkpoint_layers)
+    optimizer = MasterOptimizer(policy.named_parameters(), weight_decay=0.01, offload_moments=cfg.offload_moments)
+    rows = load_rows(BENCH.data, limit=cfg.prompts)
+    prompts = [encode(row, processor, **encoding(train_cfg)) for row in rows]
+    allowed = (~policy.banned).nonzero().squeeze(1).cpu()
+    draw = torch.Generator().manual_seed(1)
+    ids = allowed[torch.randint(len(allowed), (cfg.prompts, train_cfg.group_size, cfg.tokens), generator=draw)].tolist()
+    groups = [[Completion(one, [-7.0] * cfg.tokens, "", False) for one in group] for group in ids]
+    advantages = torch.randn(cfg.prompts, train_cfg.group_size, generator=draw)
+    meter, lines = speed.Meter(policy, passes=1), []
+    for step in range(cfg.steps):
+        last = cfg.profile and step + 1 == cfg.steps
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        with speed.profiled(cfg.out / "profile" if last else None):
+            metrics = train_step(policy, reference, optimizer, prompts, groups, advantages, train_cfg, step=step)
+        metrics["time/update"] = time.perf_counter() - began
+        metrics |= meter.read(metrics)
+        if device.type == "cuda":
+            metrics["torch_gib"] = torch.cuda.max_memory_allocated() / memory.GIB
+        lines.append(metrics)
+        names = ("time/update", "speed/mfu", "speed/hfu", "speed/matmul_tflops", "speed/checkpointed_layers", "speed/peak_gib", "torch_gib")
+        print(f"step {step}{' (profiled)' if last else ''}: " + ", ".join(f"{n} {metrics[n]:.3f}" for n in names if n in metrics), flush=True)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / "update.json").write_text(json.dumps(lines, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

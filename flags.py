@@ -1,0 +1,64 @@
+"""The command line of the scripts that have presets: --help by sections, one line for a preset that does not exist.
+
+A section of Config begins with a line that is only a comment (`# sampling`) after an empty line; a flag's help is the
+comment behind it, or the comment lines right above it.
+"""
+
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+FIELD = re.compile(r"    (\w+): [^#]*?(?:  # (.*))?$")
+
+
+def sections(config: type) -> dict[str, list[tuple[str, str]]]:
+    """{section: [(field, help)]} of a dataclass, from its source."""
+    found, above, section, after_empty = {}, [], "what and where", True
+    for line in inspect.getsource(config).splitlines():
+        comment = re.fullmatch(r"    # (.*)", line)
+        if comment and after_empty:
+            section, above = comment[1], []
+        elif comment:
+            above.append(comment[1])
+        elif field := FIELD.match(line):
+            found.setdefault(section, []).append((field[1], field[2] or " ".join(above)))
+            above = []
+        after_empty = not line.strip()
+    return found
+
+
+def help_text(arguments: list[str], config: type, presets: Mapping[str, tuple[str, object]], about: str) -> str:
+    """Without a preset: the presets, what each is for and costs. With one: its flags by section, with its own values."""
+    script, chosen = Path(arguments[0]).name, next((name for name in arguments[1:] if name in presets), None)
+    if chosen is None:
+        width = max(map(len, presets))
+        lines = [about, "", f"usage: python {script} PRESET [--flag value ...]      python {script} PRESET --help: its flags", ""]
+        for name, (description, _) in presets.items():
+            lines += textwrap.wrap(description, 120, initial_indent=f"  {name:{width}s}  ", subsequent_indent=" " * (width + 4))
+        return "\n".join(lines)
+    description, values = presets[chosen]
+    lines = [f"{script} {chosen}: {description}", "a flag that is on by default is turned off by --no-FLAG"]
+    for section, fields in sections(config).items():
+        lines += ["", section]
+        for name, told in fields:
+            head = f"  --{name.replace('_', '-')} {getattr(values, name)!r}"
+            indent = " " * 34
+            if len(head) > 32:
+                lines.append(head)
+                head = ""
+            lines += textwrap.wrap(told, 124, initial_indent=f"{head:34s}", subsequent_indent=indent) or [head]
+    return "\n".join(lines)
+
+
+def check(arguments: list[str], config: type, presets: Mapping[str, tuple[str, object]], about: str) -> None:
+    """Answers --help, and ends with one line for a first argument that is no preset: before tyro, whose help is one long
+    list and whose answer to a wrong word is a page."""
+    if {"-h", "--help"} & set(arguments[1:]):
+        print(help_text(arguments, config, presets, about))
+        sys.exit(0)
+    if len(arguments) < 2 or (not arguments[1].startswith("-") and arguments[1] not in presets):
+        given = f"unknown preset {arguments[1]!r}" if len(arguments) > 1 else "no preset given"
+        raise SystemExit(f"error: {given}: {Path(arguments[0]).name} takes one of {', '.join(presets)}, then flags (--help)")
