@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_providers import Handler, Misbehaving, half, hang_up, proper, says, status
+from misbehaving import Handler, Misbehaving, half, hang_up, proper, says, status
 
 from data.dataset import load_rows
 from data.generate_stvqa import Config, jpeg_bytes, main
