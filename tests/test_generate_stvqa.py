@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from misbehaving import Handler, Misbehaving, half, hang_up, proper, says, status
+from PIL import Image
 
 from data.dataset import load_rows
 from data.generate_stvqa import Config, jpeg_bytes, main
