@@ -353,16 +353,16 @@ def wait_for(condition, limit: float) -> bool:
 @pytest.mark.parametrize("ending", ["", "os._exit(3)", "1 / 0"])
 def test_workers_end_with_a_script_that_never_closed_the_pool(file, ending):
     process, pids = start(file, ending, reward="length")
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     assert wait_for(lambda: not any(map(running, pids)), 10)
 
 
 def test_ctrl_c_during_scoring_ends_everything_without_worker_tracebacks(file):
     ending = "pool.score(['a'] * 4, [{'started': started}] * 4)"
     process, pids = start(file, ending, reward="announce_and_hang")
-    assert wait_for(file.with_name("started").exists, 30)
+    assert wait_for(file.with_name("started").exists, 90)
     os.killpg(process.pid, signal.SIGINT)  # the terminal's Ctrl-C: to the whole group
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=90)
     assert error.count("Traceback") == 1 and "KeyboardInterrupt" in error
     assert wait_for(lambda: not any(map(running, pids)), 10)
 
@@ -376,7 +376,7 @@ threading.Thread(target=leave).start()
 pool.score(['a'], [{'started': started}])
 """
     process, pids = start(file, ending, reward="announce_and_hang", limit=1.0)
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     assert wait_for(lambda: not any(map(running, pids)), 1.0 + scoring.ORPHAN_GRACE + 10)
 
 
