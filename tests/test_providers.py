@@ -48,7 +48,7 @@ def serving(provider):
 
 def asked(server, provider, requests, **options):
     url = server.url + ("/v1" if provider == "openai" else "")
-    options = {"max_wait": 0.2, "timeout": 1.0, "attempts": 3, "parallel": 8} | options
+    options = {"max_wait": 0.2, "timeout": 2.0, "attempts": 3, "parallel": 8} | options
     return {reply.id: reply for reply in ask(requests, provider=provider, model="m", base_url=url, **options)}
 
 
