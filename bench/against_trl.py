@@ -12,6 +12,7 @@ allowing ids takes no more), ours among all but the special ones: the work is th
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def main(cfg: Config) -> None:
     checkpoint = write_checkpoint(cfg)
     write_rows(cfg)
     results = {}
+    shutil.rmtree("runs/against-trl", ignore_errors=True)  # of an earlier bench: ours would refuse to go on in it
     for side in cfg.sides:
         log = cfg.out / f"{side}.log"
         began = time.time()
@@ -96,6 +98,9 @@ def write_checkpoint(cfg: Config) -> Path:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         policy, processor = load_policy(cfg.model, dtype=torch.bfloat16, device=device)
         save_hf(policy, processor, folder)
+        del policy
+        if device == "cuda":
+            torch.cuda.empty_cache()  # this process lives as long as the sides do, and their memory is counted
     return folder
 
 
