@@ -9,6 +9,7 @@ from their step number alone, which is what makes a resumed run see the same one
 and never repeat.
 """
 
+import math
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -117,6 +118,7 @@ PRESETS = {
 
 
 RESPONSES = ("full", "answer")
+MAX_SKIPPED = 10  # optimiser steps in a row with a non-finite gradient before the run stops
 
 
 class Batches(Dataset):
@@ -240,13 +242,16 @@ def train(cfg: Config, policy: Policy, optimizer: MasterOptimizer, processor, ro
     progress = runs.Progress(cfg.steps, start=start, rank=rank)
     batches = Batches(cfg, rows, processor, policy.config, rank, world)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, cfg.steps), num_workers=cfg.workers)
-    clock = Clock()
+    clock, skipped = Clock(), 0
     for step, packs in zip(range(start, cfg.steps), loader):
         metrics, rate = {}, learning_rate(step, peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps,
                                           total_steps=cfg.steps)  # fmt: skip
         clock.lap("data")
         metrics |= sft_step(policy, optimizer, packs, lr=rate, checkpoint_layers=cfg.checkpoint_layers)
         clock.lap("update")
+        skipped = 0 if math.isfinite(metrics["optim/grad_norm"]) else skipped + 1
+        if skipped > MAX_SKIPPED:
+            raise RuntimeError(f"step {step}: {skipped} optimiser steps in a row had a non-finite gradient")
         last, stopping = step + 1 == cfg.steps, any(ranks.gather(stop.requested))
         if val_rows and cfg.val_every and not stopping and (last or (step + 1) % cfg.val_every == 0):
             metrics |= validate(rollout, policy, processor, pool, val_rows, cfg, rank, world)
