@@ -9,6 +9,7 @@ process of its own; DIR gets results.json and both logs. TRL samples among the f
 allowing ids takes no more), ours among all but the special ones: the work is the same.
 """
 
+import gc
 import json
 import os
 import re
@@ -99,8 +100,9 @@ def write_checkpoint(cfg: Config) -> Path:
         policy, processor = load_policy(cfg.model, dtype=torch.bfloat16, device=device)
         save_hf(policy, processor, folder)
         del policy
-        if device == "cuda":
-            torch.cuda.empty_cache()  # this process lives as long as the sides do, and their memory is counted
+        if device == "cuda":  # this process lives as long as the sides do, and their memory is counted
+            gc.collect()  # bound methods tie layers to themselves
+            torch.cuda.empty_cache()
     return folder
 
 
