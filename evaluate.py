@@ -18,6 +18,7 @@ The flags and names of the published script work too (--model_path, --num_sample
 
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -127,6 +128,8 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     if cfg.k > 1 and cfg.temperature == 0:
         raise ValueError(f"--k {cfg.k} greedy answers are one: give a --temperature, say 1.0")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+        raise ValueError(f"--device {cfg.device}: auto, cpu, cuda or cuda:1")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {cfg.device}: no NVIDIA GPU here; leave --device out")
     if not (cfg.rescore or cfg.compare or cfg.model):

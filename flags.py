@@ -59,6 +59,7 @@ def check(arguments: list[str], config: type, presets: Mapping[str, tuple[str, o
     if {"-h", "--help"} & set(arguments[1:]):
         print(help_text(arguments, config, presets, about))
         sys.exit(0)
-    if len(arguments) < 2 or (not arguments[1].startswith("-") and arguments[1] not in presets):
-        given = f"unknown preset {arguments[1]!r}" if len(arguments) > 1 else "no preset given"
+    first = arguments[1] if len(arguments) > 1 else ""
+    if first not in presets and not first.startswith("--tyro-"):  # tyro's own: shell completion
+        given = f"{first} stands before the preset" if first.startswith("-") else f"unknown preset {first!r}" if first else "no preset given"
         raise SystemExit(f"error: {given}: {Path(arguments[0]).name} takes one of {', '.join(presets)}, then flags (--help)")

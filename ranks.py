@@ -3,6 +3,7 @@
 The same script runs as plain `python` (one rank, no process group) and under torchrun."""
 
 import os
+import re
 from datetime import timedelta
 
 import torch
@@ -19,10 +20,14 @@ def setup(device: str = "auto", dtype: str = "auto") -> tuple[int, int, torch.de
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype}: auto, float32 or bfloat16")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+        raise ValueError(f"--device {kind}: auto, cpu or cuda")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {kind}: no NVIDIA GPU here (torch.cuda.is_available() is False); leave --device out")
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if place.type == "cuda":
+        if place.index >= (here := torch.cuda.device_count()):
+            raise ValueError(f"rank {rank} wants GPU {place.index}, here are {here}: lower --nproc_per_node, or --device")
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(minutes=30))

@@ -56,14 +56,12 @@ def open_run(folder: str | Path, config: Mapping, *, resume: bool, may_differ: C
     """
     run, config = Path(folder), json.loads(json.dumps(dict(config), default=str))
     saved_at = run / "config.json"
+    check_run(run, resume=resume)
     if not resume:
-        _refuse_used_folder(run)
         run.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(run)
         replace_file(saved_at, json.dumps({"config": config, **_provenance(run), "resumed": []}, indent=1).encode())
         return run
-    if not saved_at.exists():
-        raise FileNotFoundError(f"{run} holds no run to resume (no config.json): check --name, or leave out --resume")
     saved = json.loads(saved_at.read_text())
     changed = _differences(saved["config"], config)
     fatal = [f"{key} was {a!r}, now {b!r}" for key, (a, b) in changed.items() if key not in may_differ]
@@ -89,7 +87,12 @@ def _differences(old: dict, new: dict) -> dict[str, tuple]:
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
 
 
-def _refuse_used_folder(run: Path) -> None:
+def check_run(run: Path, *, resume: bool) -> None:
+    """What open_run refuses about the folder alone, for any rank, before a model is loaded. Raises as open_run does."""
+    if resume:
+        if not (run / "config.json").exists():
+            raise FileNotFoundError(f"{run} holds no run to resume (no config.json): check --name, or leave out --resume")
+        return
     metrics, newest = run / "metrics.jsonl", latest_checkpoint(run)
     if newest or (metrics.exists() and metrics.stat().st_size):
         has = f"a checkpoint, {newest[1].name}" if newest else f"metrics up to step {_last_step(metrics)}"

@@ -401,4 +401,5 @@ def _exit_code(worker: _Worker) -> int:
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]))
+    with suppress(BrokenPipeError, ConnectionResetError):  # the pool was closed meanwhile: nobody is there to tell
+        work(int(sys.argv[1]))

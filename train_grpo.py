@@ -42,7 +42,7 @@ from model import (
     Packed, Policy, frozen_copy, group_tokens, load_policy, pack, pack_groups, save_hf, shard_policy, weights,
 )  # fmt: skip
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
-from rollout import HFRollout, VLLMRollout, choose_rollout
+from rollout import Completion, HFRollout, VLLMRollout, choose_rollout
 
 
 @dataclass(frozen=True)
@@ -322,9 +322,9 @@ def score(pool, rows: list[dict], groups: list[list], cfg: Config) -> tuple[Tens
         for c, own in zip(completions, parts):
             own["repetition"] = rewards.repetition_penalty(c.text)
             own["overlong"] = rewards.overlong_penalty(len(c.token_ids), cfg.max_completion_tokens, cfg.overlong_buffer)
-            if missing := weights.keys() - own.keys():
+            if (missing := weights.keys() - own.keys()) and "error" not in own:  # a sample that failed has no parts
                 raise ValueError(f"--part-weights: the reward {cfg.reward} has no part {missing.pop()!r}, only {', '.join(own)}")
-            own["total"] = sum(weight * own[name] for name, weight in weights.items())
+            own["total"] = sum(weight * own.get(name, 0.0) for name, weight in weights.items())
     return torch.tensor([p["total"] for p in parts]).view(len(groups), -1), parts
 
 
@@ -341,7 +341,7 @@ def part_weights(cfg: Config) -> dict[str, float]:
 
 
 def validate(rollout, policy, processor, pool, rows: list[dict], cfg: Config, rank: int, world: int) -> dict:
-    """The training reward on held-out rows, greedily; every rank takes its share."""
+    """The training reward on held-out rows, one answer each at val_temperature; every rank takes its share."""
     own = rows[rank::world]
     prompts = [encode(row, processor, **encoding(cfg)) for row in own]
     rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
@@ -453,6 +453,8 @@ def deal(cfg: Config, drawn: list[dict], prompts: dict, sampled: dict, live: lis
 
 def check_config(cfg: Config, world: int) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
+    check_sizes(cfg, "limit", "val_limit", "steps", "prompts_per_step", "mini_batches", "token_budget", "max_completion_tokens",
+                "rollout_sequences", "save_every", "samples_every", "keep")  # fmt: skip
     if cfg.prompts_per_step % (world * cfg.mini_batches):
         raise ValueError(f"--prompts-per-step {cfg.prompts_per_step} does not divide into {world} ranks x "
                          f"{cfg.mini_batches} mini-batches")  # fmt: skip
@@ -463,13 +465,22 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
     part_weights(cfg)
-    for flag, value, known in (("normalize", cfg.normalize, NORMALIZERS), ("kl", cfg.kl, KL_ESTIMATORS),
-                               ("schedule", cfg.schedule, SCHEDULES), ("optimizer", cfg.optimizer, OPTIMIZERS),
-                               ("kernels", cfg.kernels, KERNELS), ("loss", cfg.loss, LOSSES),
-                               ("baseline", cfg.baseline, BASELINES), ("shard", cfg.shard, memory.SHARDS),
-                               ("reference", cfg.reference, memory.REFERENCES)):  # fmt: skip
-        if value not in known:
-            raise ValueError(f"--{flag} {value}: one of {', '.join(known)}")
+    check_choices(cfg, normalize=NORMALIZERS, kl=KL_ESTIMATORS, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS,
+                  loss=LOSSES, baseline=BASELINES, shard=memory.SHARDS, reference=memory.REFERENCES)  # fmt: skip
+
+
+def check_choices(cfg, **known: tuple[str, ...]) -> None:
+    for name, names in known.items():
+        if getattr(cfg, name) not in names:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: one of {', '.join(names)}")
+
+
+def check_sizes(cfg, *names: str) -> None:
+    for name in names:
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if cfg.min_pixels > cfg.max_pixels:
+        raise ValueError(f"--min-pixels {cfg.min_pixels} is more than --max-pixels {cfg.max_pixels}")
 
 
 def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
@@ -528,6 +539,8 @@ def save(run, step: int, policy, processor, optimizer, cfg: Config, rank: int, *
 def main(cfg: Config) -> None:
     with runs.one_line_errors():
         check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        if not cfg.dry_run:
+            runs.check_run(Path("runs") / cfg.name, resume=cfg.resume)
         pool = scoring.RewardPool(  # its processes start before this one touches a GPU
             cfg.reward, mode=cfg.reward_mode, similarity=cfg.similarity, workers=cfg.reward_workers,
             time_limit=cfg.reward_seconds,
@@ -545,6 +558,8 @@ def main(cfg: Config) -> None:
             cfg = replace(cfg, shard=shard, reference=reference)
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
+            if cfg.part_weights:  # a part that is not there: now, not after the first rollout
+                score(pool, rows[:1], [[Completion([], [], "", False)]], cfg)
             if cfg.dry_run:
                 prompts = [encode(row, processor, **encoding(cfg)) for row in rows[:64]]
                 return dry_run.show(cfg, policy, processor, prompts, len(rows), world) if rank == 0 else None
@@ -680,7 +695,8 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
 
 def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: float, run) -> None:
     """Ends a run that learns nothing any more, or learns from another policy than it samples."""
-    where = f"the last good checkpoint is {runs.latest_checkpoint(run)}"
+    newest = runs.latest_checkpoint(run)
+    where = f"the last good checkpoint is {newest[1]}" if newest else "no checkpoint was saved yet"
     if skipped > cfg.max_skipped:
         raise RuntimeError(f"step {step}: {int(skipped)} optimiser steps in a row had a non-finite gradient; {where}")
     if not metrics.get("rollout/logprob_gap", 0.0) <= cfg.max_gap:  # a nan is no agreement

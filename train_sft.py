@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the rows that GRPO takes: the papers' baseline (bare answers), or a warm start (scene graphs).
 
-    python train_sft.py demo                            a small model from nothing on procedural scenes, before GRPO
+    python train_sft.py demo-sees                           a small model from nothing on procedural scenes, before GRPO
     python train_sft.py sft-3b --data my_rows.jsonl         the papers' baseline: LoRA, bare answers
 
 The prompt is masked: only the response's tokens count, each the same. Rows are packed as groups of one completion, so
@@ -9,6 +9,7 @@ from their step number alone, which is what makes a resumed run see the same one
 and never repeat.
 """
 
+import math
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -33,9 +34,11 @@ from data.responses import mistaken_letter, response_text
 from data.scenes import scene_rows
 from metrics import Clock
 from model import Packed, Policy, add_lora, frozen_copy, load_policy, pack
-from optim import MasterOptimizer, learning_rate
+from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import Completion, HFRollout
-from train_grpo import encoding, global_counts, prepare, restore, save, take, token_scale, validate
+from train_grpo import (
+    KERNELS, check_choices, check_sizes, encoding, global_counts, prepare, restore, save, take, token_scale, validate,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Config:
     reward: str = "spatialthinker"  # of validation
     reward_mode: str = "corrected"  # or upstream
     similarity: str = "exact"  # of object labels: lexical, exact, spacy, or file.py:function
-    val_every: int = 100  # steps; 0: never
+    val_every: int = 100  # steps; also after the last; 0: never
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # checkpoints
 
@@ -112,6 +115,10 @@ PRESETS = {
                 optimizer="adamw", warmup_steps=20, val_every=100, save_every=100),
     ),
 }  # fmt: skip
+
+
+RESPONSES = ("full", "answer")
+MAX_SKIPPED = 10  # optimiser steps in a row with a non-finite gradient before the run stops
 
 
 class Batches(Dataset):
@@ -148,8 +155,6 @@ def response_of(row: dict, cfg: Config) -> str:
     """full: what the format reward wants; rows without gold observation and reasoning teach scene and answer only."""
     if cfg.response == "answer":
         return rewards.solution_text({**row, "scene": None})
-    if cfg.response != "full":
-        raise ValueError(f"--response {cfg.response}: full or answer")
     if row["source"] != "scenes":
         return rewards.solution_text(row)
     careless = random.Random(row["id"]).random() < cfg.careless
@@ -175,11 +180,22 @@ def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *,
 
 def load_sft_rows(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
     rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
-    return encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, **encoding(cfg))[0]
+    kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, **encoding(cfg))
+    if not kept:
+        raise ValueError(f"{source}: no row left of {len(rows)} ({counts}); raise --max-prompt-tokens or check the file")
+    return kept
+
+
+def check_config(cfg: Config) -> None:
+    """Settings that cannot work, in one line each, before anything is loaded."""
+    check_sizes(cfg, "limit", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
+    check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
 
 
 def main(cfg: Config) -> None:
     with runs.one_line_errors():
+        check_config(cfg)
+        runs.check_run(Path("runs") / cfg.name, resume=cfg.resume)
         pool = scoring.RewardPool(cfg.reward, mode=cfg.reward_mode, similarity=cfg.similarity)
         rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
         if cfg.rows_per_step % world:
@@ -191,6 +207,7 @@ def main(cfg: Config) -> None:
                 freeze_vision=cfg.freeze_vision, kernels=cfg.kernels == "auto",
             )  # fmt: skip
             if cfg.lora_rank:
+                torch.manual_seed(cfg.seed)  # a checkpoint's loading leaves the generators as they were
                 add_lora(policy, cfg.lora_rank)
             endless = cfg.limit is None and cfg.data.startswith("scenes")
             rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
@@ -225,15 +242,18 @@ def train(cfg: Config, policy: Policy, optimizer: MasterOptimizer, processor, ro
     progress = runs.Progress(cfg.steps, start=start, rank=rank)
     batches = Batches(cfg, rows, processor, policy.config, rank, world)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, cfg.steps), num_workers=cfg.workers)
-    clock = Clock()
+    clock, skipped = Clock(), 0
     for step, packs in zip(range(start, cfg.steps), loader):
         metrics, rate = {}, learning_rate(step, peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps,
                                           total_steps=cfg.steps)  # fmt: skip
         clock.lap("data")
         metrics |= sft_step(policy, optimizer, packs, lr=rate, checkpoint_layers=cfg.checkpoint_layers)
         clock.lap("update")
+        skipped = 0 if math.isfinite(metrics["optim/grad_norm"]) else skipped + 1
+        if skipped > MAX_SKIPPED:
+            raise RuntimeError(f"step {step}: {skipped} optimiser steps in a row had a non-finite gradient")
         last, stopping = step + 1 == cfg.steps, any(ranks.gather(stop.requested))
-        if val_rows and not stopping and (last or (cfg.val_every and (step + 1) % cfg.val_every == 0)):
+        if val_rows and cfg.val_every and not stopping and (last or (step + 1) % cfg.val_every == 0):
             metrics |= validate(rollout, policy, processor, pool, val_rows, cfg, rank, world)
             clock.lap("validate")
         metrics |= {"optim/lr": rate} | clock.metrics()

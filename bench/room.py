@@ -47,12 +47,19 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     result = {}
     for category in ("all", *sorted({r["category"] for r in records})):
         chosen = [r for r in records if category in ("all", r["category"])]
-        result[category] = {k: sum(r[k] for r in chosen) / len(chosen) for k in chosen[0] if k != "category"} | {"n": len(chosen)}
+        names = [k for k in chosen[0] if k != "category"]
+        result[category] = {k: mean([r[k] for r in chosen]) for k in names} | {"n": len(chosen)}
     names = list(result["all"])
     print("| category | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
     for category, values in result.items():
         print(f"| {category} | " + " | ".join(f"{values[n]:.3f}" if n != "n" else str(values[n]) for n in names) + " |")
     return result
+
+
+def mean(values: list[float | None]) -> float:
+    """Of those that there are: an answer without a rightly named box has no ciou."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else float("nan")
 
 
 if __name__ == "__main__":

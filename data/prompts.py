@@ -98,7 +98,8 @@ def build_prompt(row: dict, style: str) -> str:
     style = row["style"] or style
     if style == "row":
         if not row["problem"]:
-            raise ValueError(f"row {row['id']}: style row, but the row has no problem text: choose another style")
+            raise ValueError(f"row {row['id']}: style row, but the row has no problem text: "
+                             "choose another, say --style spatialthinker")
         return row["problem"].replace("<image>", "")
     template = PROMPTS.get(style) or read_template(style)
     fields = {"question": question_text(row, inline=style == "short")}

@@ -51,6 +51,14 @@ def test_rows_and_reward_train(folder):
     assert len(lines) == 2 and all(0 <= line["reward/total"] <= 1.1 and "reward/right" in line for line in lines)
 
 
+def test_rows_fine_tune(folder):
+    python(str(ROOT / "train_sft.py"), "sft-3b", "--model", "random:tiny", "--data", "my_rows.jsonl", "--name", "baseline", "--steps",
+           "2", "--rows-per-step", "2", "--workers", "0", "--device", "cpu", cwd=folder)  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "runs" / "baseline" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["loss/sft"] > 0 for line in lines)
+    assert (folder / "runs" / "baseline" / "step_2" / "model.safetensors").exists()
+
+
 def test_the_benchmark_entry_reads_records(folder):
     record = {"question": "Which is nearer?", "choices": ["cup", "plate"], "answer": "plate", "image": "a.png", "task": "depth"}
     (folder / "my-bench.jsonl").write_text(json.dumps(record) + "\n")

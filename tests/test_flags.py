@@ -36,7 +36,8 @@ def test_help_without_a_preset_says_what_each_is(capsys):
     assert "seven minutes on two CPU cores" in text and "60 H100-hours" in text
 
 
-@pytest.mark.parametrize("arguments, said", [(["x.py"], "no preset given"), (["x.py", "dmeo"], "unknown preset 'dmeo'")])
+@pytest.mark.parametrize("arguments, said", [(["x.py"], "no preset given"), (["x.py", "dmeo"], "unknown preset 'dmeo'"),
+                                             (["x.py", "--steps", "3", "demo"], "--steps stands before the preset")])  # fmt: skip
 def test_a_wrong_preset_is_one_line(arguments, said):
     with pytest.raises(SystemExit, match=said):
         flags.check(arguments, train_grpo.Config, train_grpo.PRESETS, "about")

@@ -9,6 +9,9 @@ import pytest
 import torch
 from conftest import make_group, make_prompt, new_policy
 
+import ranks
+import train_grpo
+import train_sft
 from kernels.policy_loss import policy_loss
 from model import pack_groups
 from data.responses import response_text
@@ -113,6 +116,32 @@ def test_weights_that_make_no_sense_are_one_line():
 def test_unknown_names_are_one_line(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} {value}: one of "):
         check_config(replace(Config(), **{flag: value}), 1)
+
+
+@pytest.mark.parametrize("script", [train_grpo, train_sft])
+@pytest.mark.parametrize("wrong, said", [
+    (dict(save_every=0), "--save-every 0: give 1 or more"), (dict(keep=0), "--keep 0"), (dict(limit=0), "--limit 0"),
+    (dict(min_pixels=9, max_pixels=8), "--min-pixels 9 is more than --max-pixels 8"), (dict(shard="fdsp"), "--shard fdsp: one of auto"),
+    (dict(schedule="wsd"), "--schedule wsd: one of constant"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_one_line(script, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        script.check_config(replace(script.Config(), **wrong), *([1] if script is train_grpo else []))
+
+
+def test_a_failed_sample_has_no_parts_to_weigh():
+    class Failing:
+        def score(self, texts, rows):
+            return [{"total": 0.0, "error": "raised: no"} for _ in texts]
+
+    totals, _ = score(Failing(), [{}], [completions(2, 3)], Config(part_weights="accuracy=1,overlong=1"))
+    assert totals.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda0", "meta"])
+def test_an_unknown_device_is_one_line(device):
+    with pytest.raises(ValueError, match=f"--device {device}: auto, cpu or cuda"):
+        ranks.setup(device)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
