@@ -182,18 +182,26 @@ def log_metrics(run: Path, step: int, metrics: Mapping[str, float]) -> None:
     append_lines(path, [line])
 
 
+def check_tracker(name: str) -> None:
+    """ValueError, one line, for a tracker that is unknown or not installed."""
+    if name not in ("none", "wandb"):
+        raise ValueError(f"--tracker {name}: one of none, wandb")
+    if name == "wandb":
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise ValueError("--tracker wandb needs its client: pip install wandb, then wandb login") from error
+
+
 def open_tracker(name: str, run: Path, config: Mapping) -> Callable[[int, Mapping[str, float]], None]:
     """`none` or `wandb`: a function that takes a step's metrics. Rank 0 only; a resumed run goes on in the same wandb run.
 
     Raises ValueError, one line, for another name or without wandb."""
+    check_tracker(name)
     if name == "none":
         return lambda step, metrics: None
-    if name != "wandb":
-        raise ValueError(f"--tracker {name}: one of none, wandb")
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--tracker wandb needs its client: pip install wandb, then wandb login") from error
+    import wandb
+
     wandb.init(project="spatial-grpo", name=run.name, id=run.name, resume="allow", dir=str(run), config=dict(config))
     return lambda step, metrics: wandb.log({key: _number(value) for key, value in metrics.items()}, step=step)
 

@@ -465,6 +465,7 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
     part_weights(cfg)
+    runs.check_tracker(cfg.tracker)
     check_choices(cfg, normalize=NORMALIZERS, kl=KL_ESTIMATORS, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS,
                   loss=LOSSES, baseline=BASELINES, shard=memory.SHARDS, reference=memory.REFERENCES)  # fmt: skip
 
@@ -567,9 +568,10 @@ def main(cfg: Config) -> None:
             if isinstance(rollout, VLLMRollout):
                 check_engine(rollout, policy, encode(rows[0], processor, **encoding(cfg)), cfg)
             run = Path("runs") / cfg.name
-            tracker = runs.open_tracker(cfg.tracker if rank == 0 else "none", run, asdict(cfg))
             if rank == 0:
-                runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=MAY_DIFFER)
+                allowed = [key for key in MAY_DIFFER if key != "steps" or cfg.schedule == "constant"]  # a schedule hangs on them
+                runs.open_run(run, asdict(cfg), resume=cfg.resume, may_differ=allowed)
+            tracker = runs.open_tracker(cfg.tracker if rank == 0 else "none", run, asdict(cfg))
             ranks.barrier()
             pool.file = run / "failures.jsonl"
             reference, optimizer = prepare(cfg, policy, reference=cfg.reference)
