@@ -8,7 +8,7 @@ import math
 from contextlib import nullcontext
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 MIN_PIXELS, MAX_PIXELS = 512 * 512, 2048 * 2048  # published loader bounds (spec 1.4)
 FACTOR = 28  # patch 14 x merge 2 of Qwen2.5-VL: the sides a model sees are multiples of it
@@ -86,3 +86,32 @@ def process_image(image: Image.Image, *, min_pixels: int, max_pixels: int) -> Im
     """The published loader's resize (spec 1.4), RGB in and out, Pillow's default resampling."""
     size = resized_size(*image.size, min_pixels=min_pixels, max_pixels=max_pixels)
     return image if size == image.size else image.resize(size)
+
+
+# ---------------------------------------------------------------- drawing
+
+COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
+
+
+def draw_boxes(picture: Image.Image, objects: list[dict], size: tuple[int, int]) -> Image.Image:
+    """A copy of the picture, small ones enlarged, with each object's box and id. Boxes are in a frame of `size` (W, H);
+    corners may come in any order, and what lies outside is moved to the border."""
+    zoom = max(1, -(-448 // min(picture.size)))
+    shown = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    pen, font = ImageDraw.Draw(shown), ImageFont.load_default(max(13, min(shown.size) // 40))
+    for number, item in enumerate(objects):
+        # clipped in the frame first: a coordinate may be nan (then 0) or too large for a float
+        x1, y1, x2, y2 = (
+            min(max(0, v), side) * full / side
+            for v, side, full in zip(item["bbox"], (*size, *size), (*shown.size, *shown.size), strict=True)
+        )
+        x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
+        colour = COLOURS[number % len(COLOURS)]
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(2, min(shown.size) // 200))
+        name = item["id"][:40]
+        _, _, width, height = pen.textbbox((0, 0), name, font=font)
+        # above the box, or below where there is no room, and inside the picture
+        at = (max(0, min(x1, shown.width - width)), y1 - height - 4 if y1 >= height + 4 else y2 + 4)
+        pen.rectangle(pen.textbbox(at, name, font=font), fill=colour)
+        pen.text(at, name, fill="white", font=font)
+    return shown

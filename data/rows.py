@@ -16,7 +16,7 @@ from data.pictures import frame_size, picture_size
 from data.prompts import build_prompt, question_text
 from rewards import extract_answer, extract_scene, extract_size, solution_text
 
-KINDS = ("choice", "number", "ocr", "text", "regression")
+KINDS = ("choice", "number", "ocr", "text", "regression", "mra", "yes_no", "view_change")
 STVQA_REQUIRED = ("images", "question_only", "options", "answer_only", "answer_option_text")
 ROW_REQUIRED = ("images", "question", "gold")
 ROW_KEYS = ("id", "source", "category", "images", "question", "options", "gold", "kind", "size", "scene", "map",

@@ -22,7 +22,9 @@ from PIL import Image
 import evaluate
 import rollout
 import runs
+import scores
 import train_grpo
+from data.pictures import COLOURS, draw_boxes
 from data.prompts import build_prompt
 from data.responses import response_text
 from data.scenes import scene_row, scene_rows
@@ -42,7 +44,7 @@ TINY = Config(**SMALL, dataset="scenes:easy@val", limit=10, batch=4, temperature
 def tiny():
     """One random model for all tests; its settings are those of TINY."""
     torch.set_num_threads(1)
-    return evaluate.open_provider(TINY, [])
+    return evaluate.open_provider(TINY, 1)
 
 
 @pytest.fixture
@@ -54,9 +56,9 @@ def saying(monkeypatch, text_of):
     """The provider answers text_of(row); returns the list of rows it was asked."""
     asked = []
 
-    def answer(rows, seed):
+    def answer(cfg, rows, seed, have):
         asked.extend(rows)
-        return [{"text": text_of(row), "finished": True, "tokens": 1} for row in rows]
+        yield [(n, 0, {"text": text_of(row), "finished": True, "tokens": 1}) for n, row in enumerate(rows)]
 
     monkeypatch.setattr(evaluate, "open_provider", lambda *_: answer)
     return asked
@@ -113,10 +115,10 @@ def test_resume_after_a_cut_gives_the_file_of_an_unbroken_run(unbroken, model, t
 
 
 def test_ctrl_c_loses_one_batch_and_the_same_command_goes_on(unbroken, tiny, tmp_path, monkeypatch):
-    def breaks_in_batch_three(rows, seed):
+    def breaks_in_batch_three(cfg, rows, seed, have):
         if seed % 1_000_003 >= 8:
             raise KeyboardInterrupt
-        return tiny(rows, seed)
+        return tiny(cfg, rows, seed, have)
 
     cfg = replace(TINY, out=str(tmp_path))
     monkeypatch.setattr(evaluate, "open_provider", lambda *_: breaks_in_batch_three)
@@ -279,15 +281,15 @@ def test_standard_error_by_hand():
     def records(*correct):
         return [{"correct": value} for value in correct] + [{"skipped": "broken"}]
 
-    assert evaluate.accuracy(records(True, True, True, False)) == {
+    assert scores.accuracy(records(True, True, True, False)) == {
         "n": 4,
         "accuracy": 0.75,
         "se": math.sqrt(0.75 * 0.25 / 4),
     }
-    assert evaluate.accuracy(records(True)) == {"n": 1, "accuracy": 1.0, "se": 0.0}
-    assert evaluate.accuracy(records()) == {"n": 0, "accuracy": None, "se": None}
+    assert scores.accuracy(records(True)) == {"n": 1, "accuracy": 1.0, "se": 0.0}
+    assert scores.accuracy(records()) == {"n": 0, "accuracy": None, "se": None}
     # a grader that gives parts of a point: deviation of 0, 0.5, 1 is sqrt(1 / 6)
-    assert evaluate.accuracy(records(0.0, 0.5, 1.0))["se"] == pytest.approx(math.sqrt(1 / 6 / 3))
+    assert scores.accuracy(records(0.0, 0.5, 1.0))["se"] == pytest.approx(math.sqrt(1 / 6 / 3))
 
 
 def test_broken_and_overlong_rows_are_named_and_not_in_the_denominator(tmp_path, monkeypatch, capsys):
@@ -315,7 +317,10 @@ def test_broken_and_overlong_rows_are_named_and_not_in_the_denominator(tmp_path,
 
 
 def test_a_file_with_no_answer_at_all_still_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "open_provider", lambda *_: lambda rows, seed: [{"skipped": "torn"} for _ in rows])
+    def torn(cfg, rows, seed, have):
+        yield [(n, 0, {"skipped": "torn"}) for n in range(len(rows))]
+
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: torn)
     evaluate.main(replace(TINY, out=str(tmp_path)))
     assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] is None
     assert "10 rows skipped" in capsys.readouterr().out
@@ -326,14 +331,14 @@ def test_a_file_with_no_answer_at_all_still_reports(tmp_path, monkeypatch, capsy
 
 def test_grading_again_gives_the_same_file_and_mends_verdicts(unbroken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "open_provider", lambda *_: pytest.fail("grading needs no model"))
-    evaluate.main(Config(regrade=str(unbroken / "transcripts.jsonl"), out=str(tmp_path)))
+    evaluate.main(Config(rescore=str(unbroken / "transcripts.jsonl"), out=str(tmp_path)))
     assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
     assert (tmp_path / "scores.json").read_bytes() == (unbroken / "scores.json").read_bytes()
 
     lines = lines_of(tmp_path)
     lines[3]["correct"] = not lines[3]["correct"]
     (tmp_path / "transcripts.jsonl").write_bytes(runs.json_lines(lines))
-    evaluate.main(Config(regrade=str(tmp_path / "transcripts.jsonl")))
+    evaluate.main(Config(rescore=str(tmp_path / "transcripts.jsonl")))
     assert f"1 of 10 verdicts changed: {lines[3]['id']}" in capsys.readouterr().out
     assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
 
@@ -342,9 +347,9 @@ def test_grading_again_overwrites_no_other_file_and_names_what_is_no_transcript(
     other = tmp_path / "transcripts.jsonl"
     other.write_text('{"id": "x"}\n')
     with pytest.raises(ValueError, match="exists already"):
-        evaluate.main(Config(regrade=str(unbroken / "transcripts.jsonl"), out=str(tmp_path)))
+        evaluate.main(Config(rescore=str(unbroken / "transcripts.jsonl"), out=str(tmp_path)))
     with pytest.raises(ValueError, match="line 1: no category, options, .* no transcript"):
-        evaluate.main(Config(regrade=str(other)))
+        evaluate.main(Config(rescore=str(other)))
     assert other.read_text() == '{"id": "x"}\n'
 
 
@@ -537,7 +542,7 @@ def test_one_picture_is_answered_and_saved_with_the_boxes_of_the_answer(tmp_path
     with Image.open(tmp_path / "out" / "answer.png") as drawn:
         zoom = drawn.width // row["size"][0]
         assert drawn.size == (row["size"][0] * zoom, row["size"][1] * zoom)
-        for colour, thing in zip(evaluate.COLOURS, row["scene"]["objects"], strict=False):
+        for colour, thing in zip(COLOURS, row["scene"]["objects"], strict=False):
             x1, y1, x2, y2 = (v * zoom for v in thing["bbox"])
             rgb = tuple(bytes.fromhex(colour[1:]))
             assert all(drawn.getpixel(xy) == rgb for xy in ((x1, y2), (x2, y1), (x2, y2), ((x1 + x2) // 2, y2)))
@@ -554,7 +559,7 @@ def test_one_picture_in_the_resized_frame(tmp_path, model, monkeypatch):
     )
     [row] = asked
     assert row["size"] == (140, 84) and row["meta"]["original_size"] == [600, 450]
-    red = tuple(bytes.fromhex(evaluate.COLOURS[0][1:]))
+    red = tuple(bytes.fromhex(COLOURS[0][1:]))
     with Image.open(tmp_path / "out" / "answer.png") as drawn:
         assert drawn.size == (600, 450) and drawn.getpixel((300, 400)) == red and drawn.getpixel((290, 400)) != red
 
@@ -573,15 +578,15 @@ def test_any_boxes_can_be_drawn():
     boxes = [[50, 30, 10, 5], [10**400, -(10**400), 5, 5], [math.nan, math.inf, -math.inf, 3.5], [-50, -50, 500, 500],
              [7, 7, 7, 7], [True, 0, 0, 0]]  # fmt: skip
     objects = [{"id": f"thing.{i}", "bbox": box} for i, box in enumerate(boxes)]
-    drawn = evaluate.draw_boxes(Image.new("RGB", (60, 40), "white"), objects, (60, 40))
+    drawn = draw_boxes(Image.new("RGB", (60, 40), "white"), objects, (60, 40))
     assert drawn.width >= 448 and len(drawn.getcolors(10**6)) > len(boxes)
 
 
 def test_boxes_of_a_resized_frame_land_on_the_original_picture():
-    drawn = evaluate.draw_boxes(
+    drawn = draw_boxes(
         Image.new("RGB", (500, 500), "white"), [{"id": "a.1", "bbox": [50, 0, 100, 100]}], (100, 100)
     )
-    red = tuple(bytes.fromhex(evaluate.COLOURS[0][1:]))
+    red = tuple(bytes.fromhex(COLOURS[0][1:]))
     assert (
         drawn.size == (500, 500) and drawn.getpixel((250, 400)) == red and drawn.getpixel((240, 400)) == (255, 255, 255)
     )
@@ -605,7 +610,7 @@ def test_boxes_of_a_resized_frame_land_on_the_original_picture():
     (dict(image="absent.jpg", question="Where?"), "--image absent.jpg: no such file"),
     (dict(image="absent.jpg"), "--image needs --question"),
     (dict(image=__file__, question="Where?"), "test_evaluate.py cannot be read"),
-    (dict(regrade="absent.jsonl"), "--regrade absent.jsonl: no such file"),
+    (dict(rescore="absent.jsonl"), "--rescore absent.jsonl: no such file"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, change, named):
     with pytest.raises((ValueError, OSError)) as error:

@@ -474,12 +474,21 @@ def test_a_similarity_of_the_callers_own_decides_the_match():
 
 
 def test_scene_metrics():
+    def metrics(text, gold):
+        return R.scene_metrics(text, gold, (500, 400))
+
     gold = {"objects": OBJECTS, "relationships": RELATIONS}
-    assert R.scene_metrics(response(), gold, (500, 400)) == pytest.approx({"iou": 1, "object_f1": 1, "relation_f1": 1})
+    perfect = metrics(response(), gold)
+    assert perfect == pytest.approx({"iou": 1, "object_f1": 1, "relation_f1": 1, "ciou": 1})
     half = response([{"id": "man.1", "bbox": [40, 60, 200, 180]}, {"id": "dog.1", "bbox": [220, 100, 400, 330]}], [])
-    assert R.scene_metrics(half, gold, (500, 400)) == pytest.approx({"iou": 0.25, "object_f1": 0.5, "relation_f1": 0})
-    assert R.scene_metrics("no scene", gold, (500, 400)) == {"iou": 0.0, "object_f1": 0.0, "relation_f1": 0.0}
-    assert R.scene_metrics("<scene>{}</scene>", {}, (500, 400)) == {"iou": 1.0, "object_f1": 1.0, "relation_f1": 1.0}
+    found = metrics(half, gold)
+    ciou = found.pop("ciou")  # of the man alone: IoU 0.5, less the distance of centres and the other shape
+    assert found == pytest.approx({"iou": 0.25, "object_f1": 0.5, "relation_f1": 0}) and 0.3 < ciou < 0.5
+    far = response([{"id": "man.1", "bbox": [480, 380, 499, 399]}], [])
+    assert metrics(far, gold)["iou"] == 0 and metrics(far, gold)["ciou"] < 0
+    nothing = {"iou": 0.0, "object_f1": 0.0, "relation_f1": 0.0, "ciou": None}
+    assert metrics("no scene", gold) == nothing
+    assert metrics("<scene>{}</scene>", {}) == {**nothing, "iou": 1.0, "object_f1": 1.0, "relation_f1": 1.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -122,6 +122,8 @@ def check_all(response, gold, size):
         assert isinstance(R.extract_answer(text), str) and isinstance(R.extract_scene(text), dict)
         assert (number := R.read_number(text)) is None or math.isfinite(number)
     metrics = R.scene_metrics(response, R.extract_scene(gold), size)
+    ciou = metrics.pop("ciou")
+    assert ciou is None or math.isfinite(ciou) and ciou <= 1 + 1e-9
     assert_sane(metrics, keys={"iou", "object_f1", "relation_f1"}, bounded=True)
 
 
@@ -162,11 +164,9 @@ def test_gold_itself_earns_everything_in_any_order(some_boxes, pairs, rng):
             text.format(json.dumps(shuffled)), text.format(json.dumps(gold)), (640, 640), mode=mode
         )
         assert got["total"] == pytest.approx(1.0, abs=1e-3), mode
-    assert R.scene_metrics(text.format(json.dumps(shuffled)), gold, (640, 640)) == {
-        "iou": 1.0,
-        "object_f1": 1.0,
-        "relation_f1": 1.0,
-    }
+    found = R.scene_metrics(text.format(json.dumps(shuffled)), gold, (640, 640))
+    ciou = found.pop("ciou")
+    assert found == {"iou": 1.0, "object_f1": 1.0, "relation_f1": 1.0} and ciou == pytest.approx(1.0, abs=1e-3)
 
 
 @settings(max_examples=300, deadline=None)

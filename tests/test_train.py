@@ -433,12 +433,12 @@ def test_rule_15_no_two_ranks_or_steps_sample_alike():
 
 def test_rule_13_evaluation_scores_with_the_graders_of_the_rewards():
     """Training's accuracy in corrected mode is evaluation's verdict, whatever dress the answer has."""
-    import evaluate
     import rewards
+    import transcripts
     from data.responses import response_text
     from data.scenes import scene_rows
 
-    assert evaluate.grade is rewards.grade
+    assert transcripts.grade is rewards.grade
     differ = []
     for row in scene_rows(12, level="medium"):
         reward = scoring.resolve_reward("spatialthinker", mode="corrected", similarity="exact")
@@ -452,7 +452,7 @@ def test_rule_13_evaluation_scores_with_the_graders_of_the_rewards():
         dressed += [dress.format(x) for dress in ("({})", "{}.", "Answer: {}", "The answer is ({})") for x in letters]
         for answer in dressed:
             response = response_text(row).split("<answer>")[0] + f"<answer>{answer}</answer>"
-            verdict, score = evaluate.judge(row, response), reward(response, row)
+            verdict, score = transcripts.judge(row, response), reward(response, row)
             assert score["format"] == 1.0
             if float(verdict["correct"]) != score["accuracy"]:
                 differ.append((row["gold"], row["options"], answer))

@@ -1,0 +1,172 @@
+"""What a row is asked with and who answers it: the controls, a checkpoint in this process, or a served model."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+import providers
+import runs
+from data.dataset import encode, sizes_or_error
+from data.pictures import BrokenPicture, decode_picture, open_picture
+from data.prompts import build_prompt
+
+if TYPE_CHECKING:
+    from evaluate import Config
+
+SERVED = providers.PROVIDERS
+BATCH = {"hf": 16, "vllm": 4096}  # a served model has none: its answers come one by one
+
+# ---------------------------------------------------------------- controls
+
+
+def controlled(row: dict, control: str, donor: dict | None) -> dict | str:
+    """The row as the model gets it, or why it cannot be asked. Its text stays as it is, the printed size too."""
+    if problem := video_problem(row):
+        return problem
+    if control == "none":
+        return row
+    own = sizes_or_error(row)
+    if isinstance(own, BrokenPicture):  # left out of the controls as well, or they would be over other rows
+        return str(own)
+    if control == "blind":
+        return {**row, "images": []}
+    if donor is None:
+        return f"row {row['id']}: no other row of its kind has another picture to swap with"
+    # without meta: encode compares the frame noted there with the picture shown, which here is another row's
+    return {**row, "images": donor["images"], "meta": {}}
+
+
+def swapped_pictures(rows: list[dict], seed: int) -> dict[str, dict | None]:
+    """For each row's id the row whose pictures it gets: never its own nor equal ones, of the same kind and number, each
+    used once; None where there is none. The same rows and seed give the same pairs."""
+    groups: dict[tuple, list[tuple[str, dict]]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], len(row["images"])), []).append((picture_key(row, seed), row))
+    donors = {}
+    for group in groups.values():
+        # Rows of one picture stand together in hash order; a step as long as the longest such block leaves any block.
+        group.sort(key=lambda pair: pair[0])
+        longest = max(Counter(key for key, _ in group).values())
+        for i, (key, row) in enumerate(group):
+            other_key, other = group[(i + longest) % len(group)]
+            donors[row["id"]] = other if other_key != key else None
+    return donors
+
+
+def picture_key(row: dict, seed: int) -> str:
+    """A number of the pictures' content: one photo may stand in many rows, and under several names."""
+    digest = hashlib.sha256(str(seed).encode())
+    for picture in row["images"]:
+        if isinstance(picture, Image.Image):
+            picture = repr(picture.size).encode() + picture.tobytes()
+        elif isinstance(picture, str):
+            picture = Path(picture).read_bytes() if Path(picture).is_file() else picture.encode()
+        digest.update(hashlib.sha256(picture).digest())
+    return digest.hexdigest()
+
+
+def video_problem(row: dict) -> str | None:
+    """Why a row's video cannot be shown, None for other rows: decoding comes with data/video.py."""
+    if not row.get("video"):
+        return None
+    path = Path(row["video"])
+    if not path.is_file():
+        return f"row {row['id']}: video {path}: no such file; with --data-root give the folder that holds it"
+    cure = f"put its frames as pictures into {path.with_suffix('')}/"
+    return f"row {row['id']}: {path} is a video, which cannot be decoded yet: {cure}"
+
+
+# ---------------------------------------------------------------- who answers
+# A provider is a function of a Config, rows, a seed and the answers there are. It yields bundles, one at least, of (number
+# of the row, sample, reply). A reply is {"text", "finished", "tokens"}, {"skipped": why} for good, {"failed": why} for now.
+
+
+def open_provider(cfg: "Config", pictures: int) -> Callable:
+    """pictures: at most, of a row. A checkpoint answers in this process, through the rollout that training samples with."""
+    if cfg.provider in SERVED:
+        providers.access_key(cfg.provider, cfg.base_url)  # now: nothing is written where it cannot go on
+        return ask_served
+    runs.check_shadowed_kernels()  # before transformers is imported
+    from rollout import hf_rollout, vllm_rollout  # here: regrading needs no model code
+
+    where = {"processor": cfg.processor, "dtype": cfg.dtype, "device": cfg.device}
+    if cfg.provider == "hf":
+        rollout, processor = hf_rollout(cfg.model, **where)
+    else:
+        rollout, processor = vllm_rollout(
+            cfg.model, **where, max_prompt_tokens=cfg.max_prompt_tokens, max_tokens=cfg.max_tokens,
+            max_sequences=min(cfg.batch or 256, 256), max_images=pictures,
+        )  # fmt: skip
+    return partial(answer_batch, rollout, processor)
+
+
+def answer_batch(rollout, processor, cfg: "Config", rows: list[dict], seed: int, have: set) -> Iterator[list[tuple]]:
+    """One bundle: all rows in one call of the engine."""
+    prompts, skipped = {}, []
+    for n, row in enumerate(rows):
+        try:
+            prompt = encode(row, processor, style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+        except BrokenPicture as error:
+            skipped.append((n, 0, {"skipped": str(error)}))
+            continue
+        if len(prompt.expanded) <= cfg.max_prompt_tokens:
+            # vLLM computes pixels itself, and those of thousands of rows would not fit in memory
+            prompts[n] = replace(prompt, pixels=None) if cfg.provider == "vllm" else prompt
+        else:
+            length = f"{len(prompt.expanded)} tokens, more than --max-prompt-tokens {cfg.max_prompt_tokens}"
+            skipped.append((n, 0, {"skipped": f"row {row['id']}: a prompt of {length}"}))
+    settings = {"n": cfg.k, "max_tokens": cfg.max_tokens, "temperature": cfg.temperature, "seed": seed}
+    try:
+        found = rollout.generate([*prompts.values()], **settings) if prompts else []
+    except torch.OutOfMemoryError as error:
+        size = cfg.batch or BATCH[cfg.provider]
+        raise ValueError(f"--batch {size} does not fit the GPU: lower it, the run goes on") from error
+    yield skipped + [
+        (n, sample, {"text": c.text, "finished": c.finished, "tokens": len(c.token_ids)})
+        for n, group in zip(prompts, found, strict=True) for sample, c in enumerate(group)
+    ]  # fmt: skip
+
+
+def ask_served(cfg: "Config", rows: list[dict], seed: int, have: set) -> Iterator[list[tuple]]:
+    """A bundle an answer, as they come. Pictures go as they are: how a server resizes them is its own affair."""
+    skipped, places = [], {}
+
+    def requests() -> Iterator[providers.Request]:
+        for n, row in enumerate(rows):
+            missing = [sample for sample in range(cfg.k) if (row["id"], sample) not in have]
+            try:
+                images = tuple(sendable(picture, row["id"]) for picture in row["images"]) if missing else ()
+            except BrokenPicture as error:
+                skipped.append((n, 0, {"skipped": str(error)}))
+                continue
+            for sample in missing:
+                name = f"{n} {sample}"
+                places[name] = (n, sample)
+                yield providers.Request(name, build_prompt(row, cfg.style), images, max_tokens=cfg.max_tokens,
+                                        temperature=cfg.temperature, seed=seed + n * cfg.k + sample)  # fmt: skip
+
+    where = {"provider": cfg.provider, "model": cfg.model, "base_url": cfg.base_url}
+    for reply in providers.ask(requests(), **where, parallel=cfg.parallel, timeout=cfg.timeout):
+        if reply.error:
+            yield [(*places[reply.id], {"failed": reply.error})]
+            continue
+        yield [(*places[reply.id], {"text": reply.text, "finished": reply.finish != "length", "tokens": reply.tokens_out,
+                                    "tokens_in": reply.tokens_in})]  # fmt: skip
+    yield skipped
+
+
+def sendable(picture, row_id: str):
+    """The picture itself if every server shows it as it is stored, else as RGB. Raises BrokenPicture."""
+    try:
+        with open_picture(picture) as image:
+            plain = image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1  # not to be turned
+    except Exception:  # decode_picture names it; Pillow raises nearly anything on foreign bytes
+        plain = False
+    return picture if plain else decode_picture(picture, row_id=row_id)
