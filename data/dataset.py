@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,8 +188,8 @@ class Prompt:
     grid: "torch.Tensor | None"  # (pictures, 3) int64: t, h, w in patches; (1, 3) for a clip
     images: list[Image.Image]  # the engine's input: after the loader's resize, before the processor's; or a clip's frames
     row: dict
-    fps: float | None = None  # of a clip's frames; None for pictures
-    seconds: float | None = None  # of a clip, by step of t: temporal patch / fps, a float32 as the engine has it
+    fps: float | None = None  # of a clip's frames: temporal patch / seconds; None for pictures
+    seconds: float | None = None  # of a clip, by step of t; a number that bfloat16 holds, to which the engine rounds it
 
 
 def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
@@ -212,14 +212,36 @@ def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, ma
 def encode_clip(row: dict, processor, *, style: str, frame_rule: str) -> Prompt:
     """encode() of a row with a clip: frames are sampled and resized here, once, and never again by processor or engine."""
     clip = load_clip(row, rule=frame_rule)
-    tool = processor.video_processor
-    frames = np.stack(clip.frames).transpose(0, 3, 1, 2)  # (F, C, H, W)
-    batch = tool(videos=[frames], do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False, return_tensors="pt")
-    pixels, grid = batch["pixel_values_videos"], batch["video_grid_thw"]  # (patches, C*t*p*p), (1, 3)
-    ids, counts = prompt_ids(row, processor, style), (grid.prod(-1) // tool.merge_size ** 2).tolist()
-    expanded = expand(ids, counts, processor.video_token_id, row_id=row["id"])
-    seconds = float(np.float32(tool.temporal_patch_size / clip.fps))
-    return Prompt(ids, expanded, pixels, grid, clip.frames, row, clip.fps, seconds)
+    pixels, grid = clip_pixels(clip.frames, processor)  # (patches, C*t*p*p), (1, 3)
+    ids, tool = prompt_ids(row, processor, style), processor.video_processor
+    expanded = expand(ids, (grid.prod(-1) // tool.merge_size ** 2).tolist(), processor.video_token_id, row_id=row["id"])
+    seconds = float(pixels.new_tensor(tool.temporal_patch_size / clip.fps).bfloat16())
+    return Prompt(ids, expanded, pixels, grid, clip.frames, row, tool.temporal_patch_size / seconds, seconds)
+
+
+NO_CHANGE = {"do_sample_frames": False, "do_resize": False, "cap_pixels_per_frame": False}  # for the video processor
+
+
+def clip_pixels(frames: list[Image.Image], processor) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """F frames of one size -> pixels (patches, C*t*p*p) and grid (1, 3); of an odd number the last is repeated."""
+    video = np.stack(frames).transpose(0, 3, 1, 2)  # (F, C, H, W)
+    batch = processor.video_processor(videos=[video], return_tensors="pt", **NO_CHANGE)
+    return batch["pixel_values_videos"], batch["video_grid_thw"]
+
+
+def shuffled_clip(prompt: Prompt, processor, *, seed: int) -> Prompt:
+    """The same prompt with its frames in random order, for SpaceR's temporal term (2.5 of its notes)."""
+    frames = [prompt.images[k] for k in np.random.default_rng(seed).permutation(len(prompt.images))]
+    return replace(prompt, pixels=clip_pixels(frames, processor)[0], images=frames)
+
+
+def engine_clip(prompt: Prompt) -> dict:
+    """What vLLM takes for a prompt with a clip beside `prompt_token_ids`. Without video_metadata it would take the frames
+    for 24 a second, whatever `fps` is given: docs/video.md."""
+    count = len(prompt.images)
+    metadata = {"fps": prompt.fps, "total_num_frames": count, "frames_indices": list(range(count))}
+    return {"multi_modal_data": {"video": np.stack(prompt.images)},
+            "mm_processor_kwargs": {"video_metadata": [metadata], **NO_CHANGE}}  # fmt: skip
 
 
 def prompt_ids(row: dict, processor, style: str) -> list[int]:

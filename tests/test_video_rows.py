@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.dataset import encode, encode_rows, load_rows
+from data.dataset import encode, encode_rows, load_rows, shuffled_clip
 from data.prompts import FORMS, build_messages, build_prompt
 from data.spacer_rows import read_maps
 from rewards import PROBLEM_TYPES, parse_map, spacer_reward
@@ -73,11 +73,21 @@ def test_the_processor_neither_samples_nor_resizes_again(tiny):
 
 
 def test_seconds_follow_the_sampled_rate_and_odd_clips_are_padded(tiny):
-    slow = encode(make_row(video=frames(40), fps=1.0), tiny.processor, style="spacer")
-    assert slow.fps == pytest.approx(16 / 40) and slow.seconds == pytest.approx(5.0) and slow.grid[0, 0] == 8
-    assert slow.seconds == float(np.float32(slow.seconds))
+    slow = encode(make_row(video=frames(41), fps=1.0), tiny.processor, style="spacer")
+    assert slow.seconds == pytest.approx(2 * 41 / 16, rel=2**-8) and slow.grid[0, 0] == 8
+    assert slow.seconds == float(torch.tensor(slow.seconds, dtype=torch.bfloat16)) and slow.fps * slow.seconds == 2
     odd = encode(make_row(video=frames(9), fps=1.0), tiny.processor, style="spacer", frame_rule="eval")
     assert len(odd.images) == 9 and odd.grid[0, 0] == 5 and odd.images[0].size == (112, 84)
+
+
+def test_a_shuffled_clip_has_the_same_frames_in_another_order(tiny):
+    prompt = encode(make_row(video=frames(16)), tiny.processor, style="spacer")
+    other = shuffled_clip(prompt, tiny.processor, seed=1)
+    assert other.expanded == prompt.expanded and torch.equal(other.grid, prompt.grid) and other.seconds == prompt.seconds
+    places = [[frame.tobytes() for frame in prompt.images].index(frame.tobytes()) for frame in other.images]
+    assert places != sorted(places) and sorted(places) == list(range(16))
+    again = shuffled_clip(prompt, tiny.processor, seed=1)
+    assert torch.equal(again.pixels, other.pixels) and not torch.equal(other.pixels, prompt.pixels)
 
 
 def test_prompts_are_counted_without_pixels(tiny):
