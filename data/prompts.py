@@ -171,7 +171,7 @@ def read_template(path: str) -> str:
 
 
 def build_messages(row: dict, style: str) -> list[dict]:
-    """One user turn, pictures or the clip first, then the text (spec 3.2); no system turn, the chat template adds its own."""
+    """One user turn, pictures or the clip first, then the text (spec 3.2); no system turn: the chat template adds one."""
     text = build_prompt(row, style)
     media = [{"type": "video"}] if row.get("video") else [{"type": "image"} for _ in row["images"]]
     if not media:

@@ -49,8 +49,8 @@ def gold_map(folder: Path, video: str) -> dict | None:
     """The map of a video; None where the file of maps is empty."""
     file = next((folder / name for name in MAP_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise ValueError(f"no {' or '.join(MAP_FILES)} in {folder} with the maps of {SPATIAL}: put it there, or an empty file "
-                         "to train without maps")
+        raise ValueError(f"no {' or '.join(MAP_FILES)} in {folder} with the maps of {SPATIAL}: put it there, or an empty "
+                         "file to train without maps")
     maps = read_maps(str(file))
     if maps and video not in maps:
         raise ValueError(f"{file} has no map of {video}: add it, or leave the row out")

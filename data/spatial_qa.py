@@ -5,8 +5,8 @@
 An annotation is a room in the form of VSI-Bench's meta_info (a JSON object of them by scene, or one procedural clip's,
 row["meta"]["annotation"]); z is up, lengths are metres:
 
-    object_bbox   {category: [{"centroid": [3], "axesLengths": [3], "normalizedAxes": [9]}, ...]}: the box is centroid +- half
-                  of each length along that row of the 3 x 3 axes; other keys are not read
+    object_bbox   {category: [{"centroid": [3], "axesLengths": [3], "normalizedAxes": [9]}, ...]}: the box is centroid +-
+                  half of each length along that row of the 3 x 3 axes; other keys are not read
     object_counts {category: number}, optional: a category of which there are fewer or more boxes is left out of questions
     room_size     square metres of floor; without it there is no question about it
     first_seen    {category: [time of each thing]}, optional, in any one unit: without it there is no appearance order
@@ -14,7 +14,7 @@ row["meta"]["annotation"]); z is up, lengths are metres:
 Rules (section 4.4 of SpaceR's notes names the kinds; where the benchmark's rule is not known, ours is chosen and said so):
 
     distance      between closest points of two oriented boxes, exact; of categories, between the nearest two things. Metres,
-                  one decimal. VSI-Bench gives up to 0.2 m more on one in three pairs, as if it had sampled points of the boxes
+                  one decimal. VSI-Bench gives up to 0.2 m more on one pair in three, as if it had sampled points of them
     size          longest side of the box, whole centimetres; room: square metres, one decimal
     direction     between the centres, seen from above; left is counter-clockwise; "back" is 135 degrees or more
     order         a category comes into view when the first thing of it does
@@ -98,7 +98,8 @@ def read_room(annotation: dict) -> Room:
         raise ValueError(f"room_size is {area}: give square metres, or leave it out")
     for name, times in seen.items():
         if len(times) != len(boxes.get(name, ())):
-            raise ValueError(f"first_seen has {len(times)} times for {len(boxes.get(name, ()))} of {name}: give one for each")
+            there = len(boxes.get(name, ()))
+            raise ValueError(f"first_seen has {len(times)} times for {there} of {name}: give one for each")
     counts = annotation.get("object_counts") or {}
     clear = sorted(name for name, found in boxes.items() if len(found) == counts.get(name, len(found)) and name not in VAGUE)
     return Room({name: found for name, found in boxes.items() if found}, area, {n: min(t) for n, t in seen.items() if t},
@@ -205,9 +206,10 @@ def ask_rel_direction(room: Room, draw: random.Random) -> Iterator[Question]:
     """The answers of each level in turn, so that none of them is the likely one."""
     asked = {
         "easy": "is the {r} on my left or on my right?",
-        "medium": "is the {r} on my left, on my right or at my back? At my back means a turn of 135 degrees or more to face it.",
-        "hard": "in which quadrant is the {r}: front-left, front-right, back-left or back-right? Take my place as the origin "
-        "of the plane and the way I face as its positive y-axis."}  # fmt: skip
+        "medium": "is the {r} on my left, on my right or at my back? At my back means that I would have to turn by 135 degrees "
+        "or more to face it.",
+        "hard": "in which quadrant is the {r}: front-left, front-right, back-left or back-right? Take my place as the origin of "
+        "the plane and the way I face as its positive y-axis."}  # fmt: skip
     found: dict[tuple[str, str], list] = {}
     for names in shuffled(permutations(alone(room), 3), draw):
         centres = [room.boxes[name][0].centre for name in names]
@@ -263,7 +265,8 @@ def ask_room_size(room: Room, draw: random.Random) -> Iterator[Question]:
 def ask_counting(room: Room, draw: random.Random) -> Iterator[Question]:
     for name in shuffled(room.clear, draw):
         if len(room.boxes[name]) >= 2:
-            yield Question("counting", f"How many of these does the room hold: {name}?", [], str(len(room.boxes[name])), (name,))
+            text = f"How many of these does the room hold: {name}?"
+            yield Question("counting", text, [], str(len(room.boxes[name])), (name,))
 
 
 def ask_appearance_order(room: Room, draw: random.Random) -> Iterator[Question]:

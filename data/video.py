@@ -161,7 +161,7 @@ def kept_clip(path: Path, span: tuple | None, how: dict) -> Clip:
     if not folder:
         return read_clip(path, span, how)
     stat = path.stat()
-    key = json.dumps([VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, span and list(span), how], sort_keys=True)
+    key = json.dumps([VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, span, how], sort_keys=True)
     file = Path(folder).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if file.is_file():
         with np.load(file) as data:
@@ -225,5 +225,5 @@ def decode_frames(path: Path, indices: list[int]) -> list[Image.Image]:
             if number == indices[-1]:
                 break
     if len(found) < len(wanted):
-        raise ValueError(f"it ends after {number + 1} frames, {indices[-1] + 1} are announced: replace it, or remove the row")
+        raise ValueError(f"it ends after {number + 1} frames, of {indices[-1] + 1} announced: replace it, or remove the row")
     return [found[k] for k in indices]

@@ -49,7 +49,8 @@ def test_format_as_published(i, want):
 @pytest.mark.parametrize("i, want", vectors("accuracy_reward"))
 def test_accuracy_as_published(i, want):
     here = Path(i["path"]).stem == "scene0001_00"  # the one video that the recorded map belongs to
-    result = R.spacer_reward(i["completion"], i["solution"], i["problem_type"], gold_map=i["cognitive_map"] if here else None)
+    gold_map = i["cognitive_map"] if here else None
+    result = R.spacer_reward(i["completion"], i["solution"], i["problem_type"], gold_map=gold_map)
     assert result["accuracy"] == pytest.approx(want["value"], abs=1e-9)
     assert result["total"] == result["accuracy"] + result["format"]
 
@@ -208,14 +209,17 @@ def test_missing_rouge_names_the_cure(monkeypatch):
     R._rouge_scorer.cache_clear()
 
 
-BITS = ["<map>", "</map>", "<answer>", "</answer>", "<think>", "</think>", "{", "}", "[[", "]]", "'bed'", "bed", "Chair", ":",
-        ",", "1", "-2.5", "9" * 400, "1e400", "nan", "inf", "(5,5)", "str{{", "\x00", "\ud800", "٣", "日本", " ", "\n", "#",
+BITS = ["<map>", "</map>", "<answer>", "</answer>", "<think>", "</think>", "{", "}", "[[", "]]", "'bed'", "bed", "Chair",
+        ":", ",", "1", "-2.5", "9" * 400, "1e400", "nan", "inf", "(5,5)", "str{{", "\x00", "\ud800", "٣", "日本", " ", "\n", "#",
         "yyying"]  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(BITS), max_size=40), st.sampled_from([*R.PROBLEM_TYPES.values(), "other"]),
-       st.sampled_from(["<answer>B</answer>", "<answer>4</answer>", "<answer>0</answer>", "x", "<answer>nan</answer>"]))  # fmt: skip
+@given(
+    st.lists(st.sampled_from(BITS), max_size=40),
+    st.sampled_from([*R.PROBLEM_TYPES.values(), "other"]),
+    st.sampled_from(["<answer>B</answer>", "<answer>4</answer>", "<answer>0</answer>", "x", "<answer>nan</answer>"]),
+)
 def test_any_text_gives_finite_numbers(bits, problem_type, gold):
     for text in ("".join(bits), say("".join(bits), map_text="{" + "".join(bits) + "}")):
         for mode in MODES:

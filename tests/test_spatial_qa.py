@@ -217,7 +217,8 @@ def test_rows():
 
 
 def test_a_procedural_clip_keeps_its_walls():
-    clip = {"id": "scenes-clip-1", "video": ["frame"] * 4, "fps": 2, "meta": {"annotation": ROOM, "room": [-4, -4, 6, 6, 2.6]}}
+    meta = {"annotation": ROOM, "room": [-4, -4, 6, 6, 2.6]}
+    clip = {"id": "scenes-clip-1", "video": ["frame"] * 4, "fps": 2, "meta": meta}
     rows = Q.clip_rows(clip)
     assert rows[0]["map"]["sofa"] == [[4, 4]] != Q.room_map(ROOM)["sofa"] and rows[0]["fps"] == 2
     assert rows[0]["video"] == clip["video"] and len({row["id"] for row in rows}) == len(rows)
@@ -235,8 +236,10 @@ def test_command_line(tmp_path, capsys):
         (tmp_path / "scans" / f"{name}.mp4").write_bytes(b"")
     (tmp_path / "scans" / "house").mkdir()
     out = tmp_path / "rows.jsonl"
-    banned = (write(tmp_path / "a.txt", "scene0001_07.mp4  # another scan of that room\n\n"), write(tmp_path / "b.json", {"x": {}}))
-    Q.main(Q.Config((write(tmp_path / "rooms.json", scenes),), str(tmp_path / "scans"), str(out), exclude=banned, fps=2, scale=0.3))
+    one = write(tmp_path / "a.txt", "scene0001_07.mp4  # another scan of that room\n\n")
+    other = write(tmp_path / "b.json", {"x": {}})
+    rooms, scans = write(tmp_path / "rooms.json", scenes), str(tmp_path / "scans")
+    Q.main(Q.Config((rooms,), scans, str(out), exclude=(one, other), fps=2, scale=0.3))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["meta"]["scene"]: row["fps"] for row in rows} == {"scene0002_00": None, "house": 2}
     said = capsys.readouterr().out
@@ -305,9 +308,9 @@ def test_published_answers_of_the_benchmark(scenes):
     items = json.loads((REAL / "benchmark_qa" / "SpatialScore-Hard.json").read_text())
     agree, of = Counter(), Counter()
     for item in items:
-        if not item["source"].startswith("VSI-Bench") or item["category_origin"] in ("obj_appearance_order", "route_planning"):
-            continue
         kind, question, gold = item["category_origin"], item["question"], item["answer"]
+        if not item["source"].startswith("VSI-Bench") or kind in ("obj_appearance_order", "route_planning"):
+            continue
         room = Q.read_room(scenes[item["img_paths"][0].split("/")[-2]])
         options = dict(re.findall(r"([A-D])\. ([^,\n]+)", question.partition("Options: ")[2]))
         if kind == "object_counting":

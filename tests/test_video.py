@@ -153,7 +153,7 @@ def test_other_wrong_sources_name_the_cure(tmp_path):
 
 def test_an_announced_end_that_never_comes(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "frame_times", lambda path: ([k / 10 for k in range(40)], 10.0))
-    with pytest.raises(BrokenVideo, match="ends after 30 frames, 40 are announced"):
+    with pytest.raises(BrokenVideo, match="ends after 30 frames, of 40 announced"):
         load_clip(row(film(tmp_path / "a.mp4")))
 
 
