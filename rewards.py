@@ -16,6 +16,8 @@ mode="corrected" has the same weights and gates, every number is in [0, 1], and 
   _mend_blocks     whitespace around the response is no format error, an answer may span lines       (2.3, 2.4)
 
 Kept on purpose: a tag name spoken inside the reasoning spoils the format (2.8.5); that also guards against stuffing.
+
+The last part of this file is SpaceR's reward, with the list of its own mends.
 """
 
 import ast
@@ -26,6 +28,7 @@ import re
 import string
 from collections import Counter
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -1076,3 +1079,315 @@ def scene_metrics(response: str, gold_scene: dict, size: tuple) -> dict[str, flo
         "iou": overlap, "object_f1": _f1(labels, gold_labels), "ciou": sum(right) / len(right) if right else None,
         "relation_f1": _f1(_triplets(relations), _triplets(gold_relations)),
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SpaceR (arXiv 2504.01805): video questions, and a map of the room as an intermediate step. Section numbers in this part
+# are those of SpaceR's specification notes.
+#
+# mode="upstream": the published training code's numbers. mode="corrected" mends these defects, a name each:
+#
+#   _mend_gate       a worthless map, or one where no gold map exists, leaves a right answer its worth   (2.4, 2.6 no. 1)
+#   _mend_chance     the map score of a random map is 0 on average, not 0.6; so is that of a left-out category     (2.4)
+#   _mend_names      gold categories with capitals match                                                   (2.6 no. 7)
+#   _mend_number     the number that an answer states is read; targets of 0 and below work          (2.6 nos. 2 and 3)
+#   _mend_regression an exact answer is 1, also 0 for 0; units behind a number do no harm                  (2.6 no. 4)
+#   _mend_rouge      an equal text is 1, also of one word, also in Chinese                                 (2.6 no. 5)
+#   _mend_choice     a letter in any dress, or the option's text; no answer is wrong, whatever gold is     (2.6 no. 6)
+#
+# and _mend_blocks of the other rewards. Not mended, for want of the question's unit: 150 cm for 1.5 m.
+
+GRID = 10
+MAX_TEXT = 20_000  # characters of a map or of a free-form answer that are read; 1,024 tokens have about 5,000
+FAR = 10**9  # coordinates beyond it are moved there: their distance scores 0 all the same
+MAP_GATE, SHUFFLED_SHARE, LIVE = 0.5, 0.8, 0.1
+TEMPORAL_BONUS, LENGTH_BONUS, LENGTHS = 0.3, 0.2, (320, 512)
+PROBLEM_TYPES = {"choice": "multiple choice", "mra": "numerical", "number": "numerical", "ocr": "OCR",
+                 "text": "free-form", "regression": "regression"}  # of the kinds of a row  # fmt: skip
+MAP_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+MAP_ELEMENT = re.compile(r"[<\[(]?\s*(-?\d+(?:\.\d+)?)\s*[>\])]?")
+MAP_KEY = re.compile(r"[^\w\s]*([\w\s]+)[^\w\s]*")
+
+
+def spacer_reward(
+    response: str, solution: str, problem_type: str, *, gold_map: dict | None = None, mode: str = "upstream",
+    options: tuple[str, ...] = (),
+) -> dict[str, float]:  # fmt: skip
+    """SpaceR's reward of one response (2.1 to 2.4), without the terms that need its group: see spacer_group_terms().
+
+    solution: gold between answer tags. problem_type: multiple choice, numerical, OCR, free-form or regression; others
+    are worth 0. gold_map: {category: [[x, y], ...]} in cells. options: the texts of a choice, for corrected mode.
+    Returns total = accuracy + format; accuracy in [0, 2], the map's worth in it; answer: accuracy without the map; map:
+    the map score alone, 0 without a map; mapped: whether there is one. Raises ValueError for an unknown mode, and
+    ImportError with the cure where free-form text is scored without rouge-score."""
+    corrected = _is_corrected(mode)
+    formed = _are_blocks(_mend_blocks(response) if corrected else response, ("think", "answer"))
+    given, gold = extract_answer(response), extract_answer(solution)
+    if corrected:
+        answer = _corrected_answer(response, gold, problem_type, options)
+    else:
+        answer = _upstream_answer(given, gold, problem_type)
+    mapped = "<map>" in response and "</map>" in response
+    score = 0.0
+    if mapped and gold_map is not None:
+        score = map_score(parse_map(_inside(response, "map") or "", list(gold_map)), gold_map, mode=mode)
+    accuracy = answer
+    right = {"multiple choice": answer == 1, "numerical": answer > MAP_GATE}.get(problem_type, False)
+    if mapped and right:
+        accuracy = answer + score if score > 0 else _mend_gate(answer) if corrected else 0.0
+    return {"total": accuracy + formed, "format": float(formed), "accuracy": accuracy, "answer": answer, "map": score,
+            "mapped": float(mapped)}  # fmt: skip
+
+
+def spacer_group_terms(
+    accuracies: list[float], lengths: list[int], *, shuffled_accuracies: list[float] | None = None,
+    length_control: bool = True,
+) -> list[float]:  # fmt: skip
+    """What a group's completions earn beside their own rewards (2.5), one number each.
+
+    accuracies, lengths: `accuracy` of spacer_reward() and tokens, the end token counted. shuffled_accuracies: of the
+    completions of the same prompt with its frames in random order; None for pictures or without the term. 0.3 for each
+    completion above 0.1 if the mean is at least 0.8 of theirs; 0.2 for 320 to 512 tokens if two or more are above 0.1.
+    In float32, as published: 0.1 itself is not above."""
+    alive = np.array(accuracies, dtype=np.float32) > np.float32(LIVE)
+    terms = np.zeros(len(accuracies))
+    if shuffled_accuracies:
+        shuffled = np.array(shuffled_accuracies, dtype=np.float32).mean()
+        if np.array(accuracies, dtype=np.float32).mean() >= np.float32(SHUFFLED_SHARE) * shuffled:
+            terms += TEMPORAL_BONUS * alive
+    if length_control and alive.sum() >= 2:
+        tokens = np.array(lengths)
+        terms += LENGTH_BONUS * (alive & (tokens >= LENGTHS[0]) & (tokens <= LENGTHS[1]))
+    return terms.tolist()
+
+
+def _upstream_answer(given: str, gold: str, problem_type: str) -> float:
+    """The base reward by type (2.2); 0 where upstream raises."""
+    if problem_type == "multiple choice":
+        return float(given == gold)
+    if problem_type == "OCR":
+        return word_accuracy(given, gold)
+    if problem_type == "free-form":
+        return rouge(given, gold)
+    if problem_type not in ("numerical", "regression"):
+        return 0.0
+    try:
+        if problem_type == "regression":
+            number, want = (float(text.replace(",", "")) for text in (given, gold))
+        else:
+            number, want = spacer_number(given), float(gold)
+    except (ValueError, OverflowError):
+        return 0.0
+    if number is None or not (math.isfinite(number) and math.isfinite(want)):
+        return 0.0
+    if problem_type == "numerical":
+        return mean_relative_accuracy(number, want, mode="upstream")
+    return 1 - min(max((abs(number - want) + 1e-9) / (abs(want) + 1e-9), 0.0), 1.0)
+
+
+def _corrected_answer(response: str, gold: str, problem_type: str, options: tuple) -> float:
+    if problem_type == "multiple choice":
+        return _mend_choice(response, gold, options)
+    if problem_type == "numerical":
+        return _mend_number(response, gold)
+    if problem_type == "regression":
+        return _mend_regression(response, gold)
+    given = _final(response).strip()
+    return {"OCR": word_accuracy, "free-form": _mend_rouge}.get(problem_type, lambda *_: 0.0)(given, gold)
+
+
+def _mend_choice(response: str, gold: str, options: tuple) -> float:
+    return float(grade_choice(response, list(options), gold) if options else _mend_answer(_final(response), gold))
+
+
+def _mend_number(response: str, gold: str) -> float:
+    return float(_grade_mra_row({"gold": gold}, response)[0])
+
+
+def _mend_regression(response: str, gold: str) -> float:
+    return grade_regression(response, gold)
+
+
+def _mend_gate(answer: float) -> float:
+    return answer
+
+
+# Texts: word error rate and ROUGE
+
+
+def word_accuracy(given: str, gold: str) -> float:
+    """1 minus the word error rate, in [0, 1]: Levenshtein over words, as a share of gold's, at least one (2.2)."""
+    said, want = given.split(), gold.split()
+    if len(said) - len(want) >= max(1, len(want)):
+        return 0.0  # so many words too many that the rate is 1 or more: a long text costs no time
+    row = list(range(len(want) + 1))  # edits from the words so far to want[:j]
+    for i, word in enumerate(said, start=1):
+        last, row[0] = row[0], i
+        for j, other in enumerate(want, start=1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
+    return min(max(1 - row[-1] / max(1, len(want)), 0.0), 1.0)
+
+
+def rouge(given: str, gold: str) -> float:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with Porter's stemmer, in [0, 1] (2.2). Of both texts the first 20,000
+    characters count. Raises ImportError with the cure without rouge-score."""
+    scores = _rouge_scorer(False).score(gold[:MAX_TEXT], given[:MAX_TEXT])
+    return min(max(sum(part.fmeasure for part in scores.values()) / len(scores), 0.0), 1.0)
+
+
+def _mend_rouge(given: str, gold: str) -> float:
+    if given.split() == gold.split():
+        return float(bool(gold))
+    scores = _rouge_scorer(True).score(gold[:MAX_TEXT], given[:MAX_TEXT])
+    if len(WORDS.findall(gold)) < 2:
+        del scores["rouge2"]  # gold has no pair of words to find
+    return min(max(sum(part.fmeasure for part in scores.values()) / len(scores), 0.0), 1.0)
+
+
+@lru_cache(maxsize=2)
+def _rouge_scorer(corrected: bool):
+    try:
+        from nltk.stem.porter import PorterStemmer
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("free-form answers are scored by ROUGE: pip install rouge-score") from error
+    stem = PorterStemmer().stem
+    words = SimpleNamespace(tokenize=lambda text: [stem(word) if word.isascii() and len(word) > 3 else word
+                                                   for word in WORDS.findall(text.lower())])  # fmt: skip
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True, tokenizer=words if corrected else None)
+
+
+# Words of any script; scripts that are written without spaces, character by character.
+WORDS = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+
+
+# Maps
+
+
+def parse_map(text: str, names: list[str]) -> dict[str, list[list[int]]]:
+    """The map that a text states, {name in lower case: [[x, y], ...]} in cells, for these categories only (2.4).
+
+    A Python or JSON dict, or else prose: each name owns the numbers up to the next name. Cells are cut to whole numbers
+    towards 0 and not checked against the grid. Of the text the first 20,000 characters count."""
+    text = text[:MAX_TEXT].strip()
+    known = {name.lower() for name in names if isinstance(name, str) and name}
+    if not text or not known:
+        return {}
+    if text.startswith("str{") and text.endswith("}") and text[4:-1].startswith("{") and text[4:-1].endswith("}"):
+        text = text[4:-1]
+    found = None
+    if text.startswith("{") and text.endswith("}"):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal: read as prose
+            pass
+    if not isinstance(found, dict):
+        return _map_of_prose(text, sorted(known))
+    points: dict[str, list[list[int]]] = {}
+    for key, value in found.items():
+        key = str(key).lower().strip()
+        peeled = MAP_KEY.fullmatch(key)
+        key = peeled.group(1) if peeled else key
+        spots = [_spot(item) for item in (value if isinstance(value, list) else [value])]
+        if key in known and any(spots):
+            points.setdefault(key, []).extend(spot for spot in spots if spot)
+    return points
+
+
+def _spot(item: object) -> list[int] | None:
+    """[x, y] of a pair, of a pair wrapped once, or of a text with two numbers; None for anything else."""
+    if isinstance(item, str):
+        numbers = MAP_NUMBER.findall(item)[:2]
+        return [_cell(float(number)) for number in numbers] if len(numbers) == 2 else None
+    if isinstance(item, (list, tuple)) and len(item) == 1:
+        item = item[0]
+    if not isinstance(item, (list, tuple)) or len(item) != 2:
+        return None
+    values = []
+    for element in item:
+        if isinstance(element, str) and (number := MAP_ELEMENT.fullmatch(element.strip())):
+            element = float(number.group(1))
+        if not isinstance(element, (int, float)):
+            return None
+        values.append(_cell(element))
+    return values
+
+
+def _cell(value: float) -> int:
+    return int(min(max(-FAR, value), FAR))
+
+
+def _map_of_prose(text: str, names: list[str]) -> dict[str, list[list[int]]]:
+    matches = [
+        (m.start(), -m.end(), name) for name in names
+        for m in re.finditer(rf"(?<![A-Za-z]){re.escape(name)}(?![A-Za-z])", text, re.IGNORECASE)
+    ]  # fmt: skip
+    kept: list[tuple[int, int, str]] = []  # (start, end, name)
+    for start, end, name in sorted(matches):
+        if not kept or start >= kept[-1][1]:
+            kept.append((start, -end, name))
+        elif -end > kept[-1][1]:  # overlaps the one before and reaches further
+            kept[-1] = (start, -end, name)
+    points: dict[str, list[list[int]]] = {}
+    for (_, end, name), after in zip(kept, [*kept[1:], (len(text), 0, "")]):
+        numbers = [_cell(float(number)) for number in MAP_NUMBER.findall(text, end, after[0])]
+        pairs = [list(pair) for pair in zip(numbers[::2], numbers[1::2])]
+        if pairs:
+            points.setdefault(name, []).extend(pairs)
+    return points
+
+
+def map_score(pred: dict, gold: dict, grid: int = GRID, *, mode: str = "upstream") -> float:
+    """How well a map's points lie, in [0, 1]: each category's points matched greedily to gold's by distance, a pair worth
+    1 - distance / diagonal, the mean over gold's instances (2.4). Both {category: [[x, y], ...]} in cells of a grid x
+    grid map. Gold without any instance: 1 for an empty prediction, else 0, where upstream raises.
+
+    mode="corrected": each predicted category less what a random map gets, and so 0 for chance; below 0 in all is 0."""
+    corrected = _is_corrected(mode)
+    if corrected:
+        pred, gold = _mend_names(pred), _mend_names(gold)
+    weight = sum(len(spots) for spots in gold.values())
+    if weight == 0:
+        return float(not pred)
+    score = 0.0
+    for name, spots in gold.items():
+        worth = _near(pred.get(name, ()), spots, grid)
+        if corrected and pred.get(name) and spots:
+            worth = _mend_chance(worth, spots, grid)
+        score += worth * len(spots) / weight
+    return min(max(score, 0.0), 1.0)
+
+
+def _near(spots: list, gold: list, grid: int) -> float:
+    """One category's share: pairs by ascending distance, each point once (ties: the earlier prediction, then gold)."""
+    diagonal = grid * math.sqrt(2)
+    pairs = sorted((math.hypot(x - u, y - v), i, j) for i, (x, y) in enumerate(spots) for j, (u, v) in enumerate(gold))
+    used: tuple[set, set] = (set(), set())
+    total = 0.0
+    for apart, i, j in pairs:
+        if i not in used[0] and j not in used[1]:
+            used[0].add(i)
+            used[1].add(j)
+            total += max(0.0, 1 - apart / diagonal)
+    return total / max(len(spots), len(gold), 1)
+
+
+def _mend_names(spots: dict) -> dict:
+    merged: dict[str, list] = {}
+    for name, points in spots.items():
+        merged.setdefault(str(name).lower(), []).extend(points)
+    return merged
+
+
+def _mend_chance(worth: float, gold: list, grid: int) -> float:
+    chance = _chance(tuple(map(tuple, gold)), grid)
+    return (worth - chance) / (1 - chance)
+
+
+@lru_cache(maxsize=4096)
+def _chance(gold: tuple, grid: int) -> float:
+    """What as many random cells get on average: exact for one point, else the mean of 200 draws, always the same ones."""
+    if len(gold) == 1:
+        return sum(_near([(x, y)], gold, grid) for x in range(grid) for y in range(grid)) / grid**2
+    draws = np.random.default_rng(0).integers(0, grid, (200, len(gold), 2)).tolist()
+    return sum(_near(draw, gold, grid) for draw in draws) / len(draws)

@@ -33,7 +33,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-BUILT_IN = ("spatialthinker", "vanilla", "vanilla-scene")
+BUILT_IN = ("spatialthinker", "vanilla", "vanilla-scene", "spacer")
 SIMILARITIES = ("lexical", "exact", "spacy")
 MODES = ("upstream", "corrected")
 MEDIA = ("images", "video")  # kept from every reward, so that rows travel light: a reward reads text
@@ -52,7 +52,7 @@ def resolve_reward(spec: str, *, mode: str = "upstream", similarity: str = "lexi
                    sources: dict[str, str] | None = None) -> Reward:
     """The function f(response, row) -> {"total": float, part: float, ...} that `spec` names.
 
-    `spec` is "spatialthinker", "vanilla", "vanilla-scene" (design section 4, with `mode` and `similarity`) or
+    `spec` is "spatialthinker", "vanilla", "vanilla-scene", "spacer" (design section 4, with `mode` and `similarity`) or
     "path/to/file.py:function", which gets neither; f raises ValueError when that function returns anything but a dict
     of finite numbers with a key "total". Raises ValueError or FileNotFoundError, one line each, for a name, file or
     function that is not there. `sources` maps the specs of files to their text as it was when the run began.
@@ -73,6 +73,10 @@ def _built_in(spec: str, mode: str, similarity: Callable[[str, str], float]) -> 
     if spec == "spatialthinker":
         return lambda response, row: rewards.spatialthinker_reward(
             response, rewards.solution_text(row), row["size"], mode=mode, similarity=similarity, options=row["options"])
+    if spec == "spacer":  # gold is the bare letter here: the published rule is equality
+        return lambda response, row: rewards.spacer_reward(
+            response, f"<answer>{row['gold']}</answer>", rewards.PROBLEM_TYPES.get(row["kind"], row["kind"]),
+            gold_map=row["map"], mode=mode, options=row["options"])
     scene = spec == "vanilla-scene"
     return lambda response, row: rewards.vanilla_reward(response, rewards.solution_text(row), scene=scene, mode=mode,
                                                         options=row["options"])
@@ -147,12 +151,22 @@ def check_rows(spec: str, rows: list[dict]) -> None:
     """Refuses rows that the reward could only score 0: ValueError naming the first such row and the cure."""
     if not rows:
         raise ValueError("no rows to score: none was loaded, or every one was dropped")
+    if spec == "spacer":
+        _check_kinds(rows)
     if spec != "spatialthinker":
         return
     for number, row in enumerate(rows):
         if row.get("scene") is None:
             raise ValueError(f"row {number} ({row.get('id')}) has no gold scene, but the reward spatialthinker needs "
                              "one: give the rows scenes, or take --reward vanilla")
+
+
+def _check_kinds(rows: list[dict]) -> None:
+    from rewards import PROBLEM_TYPES
+    for number, row in enumerate(rows):
+        if row["kind"] not in PROBLEM_TYPES:
+            raise ValueError(f"row {number} ({row.get('id')}) is of kind {row['kind']}, for which the reward spacer has no "
+                             f"rule: take rows of kind {', '.join(PROBLEM_TYPES)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,17 @@ Pictures stay as paths or bytes until `encode`.
 """
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 
 from data.noise import noise_rows
@@ -25,6 +28,7 @@ from data.pictures import FACTOR, MAX_PIXELS, MIN_PIXELS, BrokenPicture, decode_
 from data.prompts import build_messages
 from data.rows import to_resized_frame, to_row
 from data.scenes import scene_rows
+from data.video import load_clip
 from rewards import extract_size
 
 if TYPE_CHECKING:  # seconds to import, and only named here: --check starts at once without it
@@ -178,16 +182,22 @@ def one_line(error: Exception) -> str:
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """What trainer and engine both use, decided once."""
-    ids: list[int]  # one placeholder a picture: the engine expands it
-    expanded: list[int]  # (P,) as many placeholders as the picture has merged patches
+    ids: list[int]  # one placeholder a picture, or one for a clip: the engine expands it
+    expanded: list[int]  # (P,) as many placeholders as the picture or clip has merged patches
     pixels: "torch.Tensor | None"  # (patches, C * temporal * patch * patch) float32
-    grid: "torch.Tensor | None"  # (pictures, 3) int64: t, h, w in patches
-    images: list[Image.Image]  # the engine's input: after the loader's resize, before the processor's
+    grid: "torch.Tensor | None"  # (pictures, 3) int64: t, h, w in patches; (1, 3) for a clip
+    images: list[Image.Image]  # the engine's input: after the loader's resize, before the processor's; or a clip's frames
     row: dict
+    fps: float | None = None  # of a clip's frames: temporal patch / seconds; None for pictures
+    seconds: float | None = None  # of a clip, by step of t; a number that bfloat16 holds, to which the engine rounds it
 
 
-def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> Prompt:
-    """Row -> Prompt with a Hugging Face Qwen-VL processor. Raises BrokenPicture, or ValueError naming the row."""
+def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
+           frame_rule: str = "train") -> Prompt:
+    """Row -> Prompt with a Hugging Face Qwen-VL processor. `frame_rule` (data/video.py) is for rows with a clip, the pixel
+    bounds for those with pictures. Raises BrokenPicture, or ValueError naming the row."""
+    if row.get("video"):
+        return encode_clip(row, processor, style=style, frame_rule=frame_rule)
     images = [process_image(decode_picture(picture, row_id=row["id"]), min_pixels=min_pixels, max_pixels=max_pixels)
               for picture in row["images"]]
     ids, pixels, grid, counts = prompt_ids(row, processor, style), None, None, []
@@ -199,8 +209,43 @@ def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, ma
     return Prompt(ids, expand(ids, counts, processor.image_token_id, row_id=row["id"]), pixels, grid, images, row)
 
 
+def encode_clip(row: dict, processor, *, style: str, frame_rule: str) -> Prompt:
+    """encode() of a row with a clip: frames are sampled and resized here, once, and never again by processor or engine."""
+    clip = load_clip(row, rule=frame_rule)
+    pixels, grid = clip_pixels(clip.frames, processor)  # (patches, C*t*p*p), (1, 3)
+    ids, tool = prompt_ids(row, processor, style), processor.video_processor
+    expanded = expand(ids, (grid.prod(-1) // tool.merge_size ** 2).tolist(), processor.video_token_id, row_id=row["id"])
+    seconds = float(pixels.new_tensor(tool.temporal_patch_size / clip.fps).bfloat16())
+    return Prompt(ids, expanded, pixels, grid, clip.frames, row, tool.temporal_patch_size / seconds, seconds)
+
+
+NO_CHANGE = {"do_sample_frames": False, "do_resize": False, "cap_pixels_per_frame": False}  # for the video processor
+
+
+def clip_pixels(frames: list[Image.Image], processor) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """F frames of one size -> pixels (patches, C*t*p*p) and grid (1, 3); of an odd number the last is repeated."""
+    video = np.stack(frames).transpose(0, 3, 1, 2)  # (F, C, H, W)
+    batch = processor.video_processor(videos=[video], return_tensors="pt", **NO_CHANGE)
+    return batch["pixel_values_videos"], batch["video_grid_thw"]
+
+
+def shuffled_clip(prompt: Prompt, processor, *, seed: int) -> Prompt:
+    """The same prompt with its frames in random order, for SpaceR's temporal term (2.5 of its notes)."""
+    frames = [prompt.images[k] for k in np.random.default_rng(seed).permutation(len(prompt.images))]
+    return replace(prompt, pixels=clip_pixels(frames, processor)[0], images=frames)
+
+
+def engine_clip(prompt: Prompt) -> dict:
+    """What vLLM takes for a prompt with a clip beside `prompt_token_ids`. Without video_metadata it would take the frames
+    for 24 a second, whatever `fps` is given: docs/video.md."""
+    count = len(prompt.images)
+    metadata = {"fps": prompt.fps, "total_num_frames": count, "frames_indices": list(range(count))}
+    return {"multi_modal_data": {"video": np.stack(prompt.images)},
+            "mm_processor_kwargs": {"video_metadata": [metadata], **NO_CHANGE}}  # fmt: skip
+
+
 def prompt_ids(row: dict, processor, style: str) -> list[int]:
-    """Chat-templated ids with one placeholder a picture; the generation prompt included."""
+    """Chat-templated ids with one placeholder a picture or clip; the generation prompt included."""
     messages, tokenizer = build_messages(row, style), processor.tokenizer
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     content = messages[0]["content"]
@@ -217,7 +262,7 @@ def prompt_ids(row: dict, processor, style: str) -> list[int]:
 
 
 def expand(ids: list[int], counts: list[int], image_token_id: int, *, row_id: str) -> list[int]:
-    """Each placeholder repeated as often as its picture has merged patches: [5, I, 6], [3] -> [5, I, I, I, 6]."""
+    """Each placeholder repeated as often as its picture or clip has merged patches: [5, I, 6], [3] -> [5, I, I, I, 6]."""
     if ids.count(image_token_id) != len(counts):
         raise ValueError(f"row {row_id}: {ids.count(image_token_id)} picture placeholders for {len(counts)} pictures: "
                          "the checkpoint's chat template does not place pictures")
@@ -240,14 +285,15 @@ def check_frame(row: dict, image: Image.Image, grid: "torch.Tensor", processor, 
 
 
 def encode_rows(rows: list[dict], processor, *, style: str, max_prompt_tokens: int, min_pixels: int = MIN_PIXELS,
-                max_pixels: int = MAX_PIXELS, verbose: bool = True) -> tuple[list[dict], dict[str, int]]:
+                max_pixels: int = MAX_PIXELS, frame_rule: str = "train",
+                verbose: bool = True) -> tuple[list[dict], dict[str, int]]:
     """The rows whose pictures decode and whose expanded prompt fits, and {"kept", "overlong", "broken"}.
 
     A prompt is dropped, never cut: cutting loses the question, or half a picture (design rule 9). Pictures are decoded
     once to know that they can be, in threads, and not kept; tokens are counted without computing pixels.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(sizes_or_error, rows))
+        outcomes = list(pool.map(partial(sizes_or_error, frame_rule=frame_rule), rows))
     kept, overlong, broken = [], [], []
     for row, sizes in zip(rows, outcomes):
         if isinstance(sizes, BrokenPicture):
@@ -268,8 +314,11 @@ def encode_rows(rows: list[dict], processor, *, style: str, max_prompt_tokens: i
     return kept, {"kept": len(kept), "overlong": len(overlong), "broken": len(broken)}
 
 
-def sizes_or_error(row: dict) -> list[tuple[int, int]] | BrokenPicture:
+def sizes_or_error(row: dict, *, frame_rule: str = "train") -> list[tuple[int, int]] | BrokenPicture:
+    """(W, H) of every picture, or of every sampled frame of the clip."""
     try:
+        if row.get("video"):
+            return [frame.size for frame in load_clip(row, rule=frame_rule).frames]
         return [decode_picture(picture, row_id=row["id"]).size for picture in row["images"]]
     except BrokenPicture as error:
         return error
@@ -277,8 +326,12 @@ def sizes_or_error(row: dict) -> list[tuple[int, int]] | BrokenPicture:
 
 def prompt_length(row: dict, sizes: list[tuple[int, int]], processor, *, style: str, min_pixels: int,
                   max_pixels: int) -> int:
-    """P, the length of `encode(...).expanded`, from the (W, H) of the pictures alone."""
+    """P, the length of `encode(...).expanded`, from the (W, H) of the pictures or frames alone."""
     counts = []
+    if row.get("video"):
+        tool = processor.video_processor
+        (width, height), merged = sizes[0], tool.patch_size * tool.merge_size
+        counts, sizes = [math.ceil(len(sizes) / tool.temporal_patch_size) * (width // merged) * (height // merged)], []
     for size in sizes:
         width, height = resized_size(*size, min_pixels=min_pixels, max_pixels=max_pixels)
         patches = processor.image_processor.get_number_of_image_patches(height, width, {})

@@ -71,7 +71,39 @@ Question: {question}""",
 {question}
 First put your reasoning between <think> and </think>, then put the answer alone between <answer> and </answer>.""",
     "short": "Question: {question}",
+    "spacer": """\
+Question: {question}
+{ponder}
+Write your reasoning between <think> and </think>, then the final answer between <answer> and </answer>.{form}""",
+    "spacer_map": """\
+Question: {question}
+{ponder}
+If a map of the place helps you, draw one within your reasoning, between <map> and </map>, like this:
+1. Find the objects of the categories below in the video and understand how the place is laid out.
+2. Estimate the centre of each of these objects as a cell of a 10 x 10 grid over the place.
+3. Note the cells between the map tags.
+Rules of the map:
+- It has these categories and no others: {categories}
+- An object gets one cell, judged from all frames together.
+- Of a category, every object is noted.
+Write it as a dictionary from category to a list of cells, such as
+<map>{'lamp': [[2, 8]], 'shelf': [[0, 4], [9, 4], [9, 7]], 'door': [[5, 0]]}</map>
+A map stands between map tags and inside the reasoning, the reasoning between <think> and </think>, and the final answer \
+after it between <answer> and </answer>.{form}""",
 }
+# The parts of SpaceR's templates (sections 1.3 of its notes): how to think, and what the answer tags hold, by kind of row.
+PONDER = """\
+Take your time and ponder it as a person would who talks to themselves: "let me see", "hold on", "hm", "ah, now I get it", \
+"step by step". Doubt what you find and check it before you settle."""
+FORMS = {
+    "choice": "Between the answer tags put the letter of the right option and nothing else.",
+    "number": "Between the answer tags put the value as a number, such as 42 or 3.1.",
+    "mra": "Between the answer tags put the value as a number, such as 42 or 3.1.",
+    "regression": "Between the answer tags put the value as a number, such as 42 or 3.14.",
+    "ocr": "Between the answer tags put the text that you read.",
+    "yes_no": "Between the answer tags put yes or no.",
+}
+FREE_FORM = "Between the answer tags put your answer in words."
 
 
 def options_text(options: list[str]) -> str:
@@ -88,12 +120,25 @@ def question_text(row: dict, *, inline: bool = False) -> str:
     return f"{question}\nOptions: " + options.replace("\n", " ") if inline else f"{question}\nOptions:\n{options}"
 
 
+def spacer_fields(row: dict) -> dict[str, str]:
+    """What SpaceR's templates have beside the question: options are marked `A.`, since its reward wants the bare letter."""
+    question = row["question"].replace("<image>", "").replace("<video>", "").strip()
+    options = "".join(f"\n{letter}. {option}" for letter, option in zip(ascii_uppercase, row["options"]))
+    return {"question": f"{question}\nOptions:{options}" if options else question, "ponder": PONDER,
+            "form": " " + FORMS.get(row["kind"], FREE_FORM), "categories": str(map_names(row))}  # fmt: skip
+
+
+def map_names(row: dict) -> list[str]:
+    """The categories that a row's map may have: those of its gold map, or those that meta["map_names"] lists."""
+    return list(row["map"] or row["meta"].get("map_names") or [])
+
+
 def build_prompt(row: dict, style: str) -> str:
     """The text part of a row's prompt; `row["style"]` overrides `style`.
 
     A style is a key of PROMPTS, `row` (the row's own problem text), or the path of a text file with {question} and, if
-    wanted, {width} and {height}. `<image>` marks are dropped: pictures always come first, and all of them.
-    Raises ValueError naming row and cure.
+    wanted, {width} and {height}. `<image>` marks are dropped: pictures always come first, and all of them. `spacer_map`
+    asks rows without a gold map (general data) as `spacer` does. Raises ValueError naming row and cure.
     """
     style = row["style"] or style
     if style == "row":
@@ -101,15 +146,19 @@ def build_prompt(row: dict, style: str) -> str:
             raise ValueError(f"row {row['id']}: style row, but the row has no problem text: "
                              "choose another, say --style spatialthinker")
         return row["problem"].replace("<image>", "")
+    if style == "spacer_map" and not map_names(row):
+        style = "spacer"
     template = PROMPTS.get(style) or read_template(style)
     fields = {"question": question_text(row, inline=style == "short")}
+    if style in ("spacer", "spacer_map"):
+        fields = spacer_fields(row)
     if "{width}" in template or "{height}" in template:
         if row["size"] is None:
             raise ValueError(f"row {row['id']}: style {style} prints the picture's size, which is unknown: "
                              "choose another style, or give the row a size")
         fields["width"], fields["height"] = (str(side) for side in row["size"])
     # One pass over the template: a question may itself contain {width}, and JSON braces are no fields.
-    return re.sub(r"\{(question|width|height)\}", lambda match: fields[match[1]], template)
+    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
 @lru_cache(maxsize=8)
@@ -123,8 +172,9 @@ def read_template(path: str) -> str:
 
 
 def build_messages(row: dict, style: str) -> list[dict]:
-    """One user turn, pictures first, then the text (spec 3.2); no system turn, the chat template adds its own."""
+    """One user turn, pictures or the clip first, then the text (spec 3.2); no system turn: the chat template adds one."""
     text = build_prompt(row, style)
-    if not row["images"]:
+    media = [{"type": "video"}] if row.get("video") else [{"type": "image"} for _ in row["images"]]
+    if not media:
         return [{"role": "user", "content": text.strip()}]
-    return [{"role": "user", "content": [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": text}]}]
+    return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]

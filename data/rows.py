@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.pictures import frame_size, picture_size
 from data.prompts import build_prompt, question_text
+from data.spacer_rows import SPACER_REQUIRED, spacer_row
 from rewards import extract_answer, extract_scene, extract_size, solution_text
 
 KINDS = ("choice", "number", "ocr", "text", "regression", "mra", "yes_no", "view_change")
@@ -21,14 +22,19 @@ STVQA_REQUIRED = ("images", "question_only", "options", "answer_only", "answer_o
 ROW_REQUIRED = ("images", "question", "gold")
 ROW_KEYS = ("id", "source", "category", "images", "question", "options", "gold", "kind", "size", "scene", "map",
             "problem", "style", "meta")
+VIDEO_KEYS = ("video", "fps", "span")  # instead of images
 
 
 # ---------------------------------------------------------------- records to rows
 
 def to_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
     """One record, in the STVQA-7K columns or in our own keys, as a checked row. Raises ValueError('problem: cure')."""
+    if "video" in record and "images" not in record:
+        record = {"images": None, **record}
     if all(key in record for key in STVQA_REQUIRED):
         row = stvqa_row(record, folder=folder, index=index, source=source)
+    elif all(key in record for key in SPACER_REQUIRED):
+        row = spacer_row(record, folder=folder, index=index, source=source)
     elif all(key in record for key in ROW_REQUIRED):
         row = own_row(record, folder=folder, index=index, source=source)
     else:
@@ -39,6 +45,8 @@ def to_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
     check_answer(row)
     if row["scene"] is not None:
         row["scene"] = clean_scene(row["scene"], row["size"])
+    if row["map"] is not None:
+        check_map(row["map"])
     return row
 
 
@@ -68,9 +76,10 @@ def stvqa_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
 
 def own_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
     """A record in our own keys -> row; pictures are looked for beside the file, everything left out has a default."""
-    unknown = [key for key in record if key not in ROW_KEYS]
+    unknown = [key for key in record if key not in (*ROW_KEYS, *VIDEO_KEYS)]
     if unknown:  # a misspelt key would be lost without a word
-        raise ValueError(f"unknown key {', '.join(unknown)}: known are {', '.join(ROW_KEYS)}; extras go under meta")
+        raise ValueError(f"unknown key {', '.join(unknown)}: known are {', '.join(ROW_KEYS)}, or for a clip "
+                         f"{', '.join(VIDEO_KEYS)} instead of images; extras go under meta")
     images = picture_list(record["images"], folder)
     options = record.get("options") or []
     gold = record["gold"] if not isinstance(record["gold"], (int, float)) else str(record["gold"])
@@ -87,7 +96,25 @@ def own_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
                 category=record.get("category") or "", images=images, question=record["question"], options=options,
                 gold=gold, kind=record.get("kind") or ("choice" if options else "text"),
                 size=size or (tuple(given) if given else None), scene=record.get("scene"), map=record.get("map"),
-                problem=record.get("problem"), style=record.get("style"), meta=record.get("meta") or {})
+                problem=record.get("problem"), style=record.get("style"), meta=record.get("meta") or {},
+                **video_keys(record, folder))
+
+
+def video_keys(record: dict, folder: Path) -> dict:
+    """video, fps and span of a record, paths made complete; {} for a record of pictures."""
+    video, fps, span = (record.get(key) for key in VIDEO_KEYS)
+    if video is None:
+        return {}
+    if record.get("images"):
+        raise ValueError("images and a video in one row: give one of them")
+    if not isinstance(video, (str, list)) or not video:
+        raise ValueError(f"the video is {str(video)[:60]!r}: give a path, or a list of frames with their fps")
+    if isinstance(fps, bool) or not (fps is None or isinstance(fps, (int, float)) and 0 < fps < 1e6):
+        raise ValueError(f"fps is {fps}: give frames a second, or leave it out for a video file")
+    if span is not None and not (isinstance(span, list) and len(span) == 2 and span[0] < span[1]):
+        raise ValueError(f"span is {span}: give [start, end] in seconds, or leave it out")
+    video = picture_list(video, folder) if isinstance(video, list) else str(folder / os.path.expanduser(video))
+    return {"video": video, "fps": fps, "span": span and tuple(span)}
 
 
 def picture_list(value, folder: Path) -> list:
@@ -127,6 +154,17 @@ def check_answer(row: dict) -> None:
         raise ValueError(f"options carry their letters ({options[0]!r}): leave the letters out")
     if len(gold) != 1 or gold not in letters:
         raise ValueError(f"gold letter {gold!r} is out of range A to {letters[-1]}: correct the letter or the options")
+
+
+def check_map(plan: dict) -> None:
+    """A gold map is {category: [[x, y], ...]} in numbers, or ValueError('problem: cure')."""
+    if not isinstance(plan, dict):
+        raise ValueError("the map is no object: write {\"chair\": [[x, y], ...]}")
+    for name, spots in plan.items():
+        if not isinstance(spots, list) or not all(
+                isinstance(spot, list) and [type(v) in (int, float) and -1e6 < v < 1e6 for v in spot] == [True, True]
+                for spot in spots):
+            raise ValueError(f"the map has {str(spots)[:60]} for {name}: give a list of cells, [[x, y], ...]")
 
 
 def clean_scene(scene: dict, size: tuple[int, int] | None) -> dict:

@@ -444,7 +444,8 @@ def test_every_style_asks_the_question_with_its_options():
     lettered = "Where is the man?\nOptions:\n(A) left\n(B) right"
     for style in PROMPTS:
         text = build_prompt(make_row(), style)
-        assert (lettered.replace("\n(", " (") if style == "short" else lettered) in text, style
+        dressed = {"short": lettered.replace("\n(", " ("), "spacer": "Where is the man?\nOptions:\nA. left\nB. right"}
+        assert dressed.get(style.removesuffix("_map"), lettered) in text, style
         assert "{question}" not in text and "{width}" not in text and text == text.strip(), style
         open_ended = build_prompt(make_row(options=[], kind="text"), style)
         assert open_ended.count("Options:") == (style == "spatialthinker"), style  # only in its worked example

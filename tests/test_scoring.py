@@ -118,6 +118,24 @@ def test_built_in_names_call_rewards(mode):
     assert scene == rewards.vanilla_reward(GOOD, gold, scene=True, mode=mode) and scene["total"] == 1.0
 
 
+@pytest.mark.parametrize("kind, gold, answer, upstream, corrected", [
+    ("choice", "A", "A", 2.0, 2.0), ("choice", "A", "(A) left", 0.0, 2.0), ("mra", "4", "4", 2.0, 2.0),
+    ("number", "1200", "1,200", 0.0, 2.0), ("ocr", "EXIT", "EXIT", 1.0, 1.0), ("regression", "2.5", "2.5", 1.0, 1.0),
+])
+def test_spacer_by_name_takes_kind_map_and_options_of_the_row(kind, gold, answer, upstream, corrected):
+    row = ROW | {"kind": kind, "gold": gold, "options": ROW["options"] if kind == "choice" else [], "map": {"cat": [[1, 2]]}}
+    response = f"<think>t <map>{{'cat': [[1, 2]]}}</map></think><answer>{answer}</answer>"
+    for mode, want in (("upstream", upstream), ("corrected", corrected)):
+        result = resolve_reward("spacer", mode=mode)(response, row)
+        assert result["accuracy"] == pytest.approx(want, abs=1e-9) and result["map"] == pytest.approx(1)
+
+
+def test_spacer_refuses_kinds_that_it_has_no_rule_for():
+    check_rows("spacer", [ROW, ROW | {"kind": "mra"}])
+    with pytest.raises(ValueError, match=r"row 1 \(r7\) is of kind yes_no, .* take rows of kind choice"):
+        check_rows("spacer", [ROW, ROW | {"kind": "yes_no", "id": "r7"}])
+
+
 def test_similarity_by_name_or_file_reaches_the_reward(file):
     assert resolve_similarity("exact")("cat", "dog") == 0.0
     response = GOOD.replace("cat.1", "cow.1").replace("dog.1", "cat.1").replace("cow.1", "dog.1")  # labels exchanged
@@ -127,7 +145,7 @@ def test_similarity_by_name_or_file_reaches_the_reward(file):
 
 
 @pytest.mark.parametrize("spec,message", [
-    ("spatial-thinker", "unknown reward 'spatial-thinker': one of spatialthinker, vanilla, vanilla-scene, or path"),
+    ("spatial-thinker", "unknown reward 'spatial-thinker': one of spatialthinker, vanilla, vanilla-scene, spacer, or path"),
     ("{file}", "unknown reward"),
     ("{file}x.py:length", "no file .*x.py"),
     ("{file}:lenght", "no function 'lenght' in the file; it has length, fragile"),
