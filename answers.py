@@ -16,6 +16,7 @@ import runs
 from data.dataset import encode, sizes_or_error
 from data.pictures import BrokenPicture, decode_picture, open_picture
 from data.prompts import build_prompt
+from data.video import load_clip
 
 if TYPE_CHECKING:
     from evaluate import Config
@@ -26,10 +27,15 @@ BATCH = {"hf": 16, "vllm": 4096}  # a served model has none: its answers come on
 # ---------------------------------------------------------------- controls
 
 
-def controlled(row: dict, control: str, donor: dict | None) -> dict | str:
-    """The row as the model gets it, or why it cannot be asked. Its text stays as it is, the printed size too."""
+def controlled(row: dict, control: str, donor: dict | None, frames: int = 32) -> dict | str:
+    """The row as the model gets it, or why it cannot be asked. Its text stays as it is, the printed size too; a video
+    becomes at most `frames` pictures."""
     if problem := video_problem(row):
         return problem
+    try:
+        row, donor = with_frames(row, frames), donor and control == "swapped" and with_frames(donor, frames)
+    except BrokenPicture as error:
+        return str(error)
     if control == "none":
         return row
     own = sizes_or_error(row)
@@ -37,7 +43,7 @@ def controlled(row: dict, control: str, donor: dict | None) -> dict | str:
         return str(own)
     if control == "blind":
         return {**row, "images": []}
-    if donor is None:
+    if not donor:
         return f"row {row['id']}: no other row of its kind has another picture to swap with"
     # without meta: encode compares the frame noted there with the picture shown, which here is another row's
     return {**row, "images": donor["images"], "meta": {}}
@@ -48,7 +54,8 @@ def swapped_pictures(rows: list[dict], seed: int) -> dict[str, dict | None]:
     used once; None where there is none. The same rows and seed give the same pairs."""
     groups: dict[tuple, list[tuple[str, dict]]] = {}
     for row in rows:
-        groups.setdefault((row["kind"], len(row["images"])), []).append((picture_key(row, seed), row))
+        shown = (row["kind"], len(row["images"]), bool(row.get("video")))
+        groups.setdefault(shown, []).append((picture_key(row, seed), row))
     donors = {}
     for group in groups.values():
         # Rows of one picture stand together in hash order; a step as long as the longest such block leaves any block.
@@ -62,7 +69,7 @@ def swapped_pictures(rows: list[dict], seed: int) -> dict[str, dict | None]:
 
 def picture_key(row: dict, seed: int) -> str:
     """A number of the pictures' content: one photo may stand in many rows, and under several names."""
-    digest = hashlib.sha256(str(seed).encode())
+    digest = hashlib.sha256(f"{seed}{row.get('video') or ''}".encode())  # a video's path: its content is gigabytes
     for picture in row["images"]:
         if isinstance(picture, Image.Image):
             picture = repr(picture.size).encode() + picture.tobytes()
@@ -73,14 +80,21 @@ def picture_key(row: dict, seed: int) -> str:
 
 
 def video_problem(row: dict) -> str | None:
-    """Why a row's video cannot be shown, None for other rows: decoding comes with data/video.py."""
-    if not row.get("video"):
+    """Why a row's video cannot be shown: its file is not there. None for other rows."""
+    video = row.get("video")
+    if not video or isinstance(video, list) or Path(video).exists():
         return None
-    path = Path(row["video"])
-    if not path.is_file():
-        return f"row {row['id']}: video {path}: no such file; with --data-root give the folder that holds it"
-    cure = f"put its frames as pictures into {path.with_suffix('')}/"
-    return f"row {row['id']}: {path} is a video, which cannot be decoded yet: {cure}"
+    return f"row {row['id']}: video {video}: no such file; with --data-root give the folder that holds it"
+
+
+def with_frames(row: dict, frames: int) -> dict:
+    """A row with a video as one with pictures: sampled and resized as SpaceR's evaluation does it (spacer 5.1), which
+    every provider can be sent. Raises BrokenVideo."""
+    if not row.get("video"):
+        return row
+    shown = load_clip(row, rule="eval", max_frames=frames).frames
+    told = "The pictures are frames of a video, in order.\n"
+    return {**row, "video": None, "images": shown, "question": told + row["question"]}
 
 
 # ---------------------------------------------------------------- who answers

@@ -56,7 +56,7 @@ class Config:
     out: str | None = None  # folder; default evaluations/DATASET_MODEL, and _CONTROL
     batch: Annotated[int | None, arg(aliases=["--batch-size"])] = None  # rows a call; a kill loses these; hf 16, vllm 4096
     k: int = 1  # answers a row; above 1: mean, pass@k and majority, with a --temperature
-    frames: int = 32  # of a video that lies there as a folder of pictures
+    frames: int = 32  # of a video, at most
 
     base_url: str | None = None  # of a served model, say http://localhost:8000/v1
     parallel: int = 8  # requests to it under way at once
@@ -208,7 +208,7 @@ def evaluate(cfg: Config, opened: Callable, others: list[str]) -> dict:
 
 
 def rows_of(cfg: Config) -> list[dict]:
-    """The rows of --dataset in the frame of --box-frame; ValueError where all are videos that cannot be shown yet."""
+    """The rows of --dataset in the frame of --box-frame; ValueError where all are videos that are not there."""
     if cfg.dataset not in BENCHMARKS:
         return load_rows(cfg.dataset, limit=cfg.limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels,
                          max_pixels=cfg.max_pixels)  # fmt: skip
@@ -243,11 +243,13 @@ def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, rec
     done, failed = answered(records, cfg.k), {}
     donors = swapped_pictures(rows, cfg.seed) if cfg.control == "swapped" else {}
     progress, size = runs.Progress(len(rows), start=len(done), unit="row"), cfg.batch or BATCH.get(cfg.provider, len(rows))
+    if any(row.get("video") for row in rows):
+        size = min(size, 64)  # a batch's frames are in memory together, 15 MB a video
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         if all(row["id"] in done for row in batch):
             continue
-        asked = [controlled(row, cfg.control, donors.get(row["id"])) for row in batch]
+        asked = [controlled(row, cfg.control, donors.get(row["id"]), cfg.frames) for row in batch]
         refused = [(n, 0, {"skipped": why}) for n, why in enumerate(asked) if isinstance(why, str)]
         places = [n for n, row in enumerate(asked) if isinstance(row, dict)]
         for bundle in answer([asked[n] for n in places], cfg.seed * 1_000_003 + start, have):

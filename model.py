@@ -231,7 +231,12 @@ def stop_ids(processor) -> tuple[int, ...]:
 # ---------------------------------------------------------------- positions and packing
 
 
-def mrope_positions(ids: list[int], grid: Tensor | None, config) -> Tensor:
+def shown_ids(config) -> tuple[int, int]:
+    """The placeholders of pictures and of clips."""
+    return config.image_token_id, config.video_token_id
+
+
+def mrope_positions(ids: list[int], grid: Tensor | None, config, seconds: float | None = None) -> Tensor:
     """Temporal, height and width position of every prompt token: expanded ids (P,), grid (pictures, 3) -> (3, P).
 
     Text counts up on all three rows; a picture of h x w merged patches keeps time still, spreads rows and columns, and
@@ -240,16 +245,20 @@ def mrope_positions(ids: list[int], grid: Tensor | None, config) -> Tensor:
     merge = config.vision_config.spatial_merge_size
     sizes = iter([] if grid is None else grid.tolist())
     parts, count, i = [], 0, 0
+    shown = shown_ids(config)
     while i < len(ids):
-        if ids[i] == config.image_token_id:
+        if ids[i] in shown:
             t, h, w = next(sizes)
             h, w = h // merge, w // merge
-            axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+            time = torch.arange(t)
+            if seconds is not None:  # of a clip: how far its steps of t lie apart, as vLLM counts them (docs/video.md)
+                time = (time * (seconds * config.vision_config.tokens_per_second)).long()
+            axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
             parts.append(torch.stack(axes).reshape(3, -1) + count)  # (3, t*h*w)
-            i, count = i + t * h * w, count + max(h, w)
+            i, count = i + t * h * w, int(parts[-1].max()) + 1
         else:
             start = i
-            while i < len(ids) and ids[i] != config.image_token_id:
+            while i < len(ids) and ids[i] not in shown:
                 i += 1
             parts.append(torch.arange(count, count + i - start).expand(3, -1))
             count += i - start
@@ -319,7 +328,7 @@ def pack_groups(prompts: list, groups: list[list], config, *, advantages: Tensor
     ids, positions, after, last = [], [], [], []  # of the prompts: all of them come first
     for prompt in prompts:
         ids.append(torch.tensor(prompt.expanded))
-        positions.append(mrope_positions(prompt.expanded, prompt.grid, config))  # (3, P)
+        positions.append(mrope_positions(prompt.expanded, prompt.grid, config, prompt.seconds))  # (3, P)
         after.append(int(positions[-1].max()) + 1)  # where its completions go on
         last.append(len(prompt.expanded) - 1 + (last[-1] + 1 if last else 0))  # its last row
     rows, targets, sequence, lengths, advantage, rollout_logp, loss_mask = [], [], [], [], [], [], []
@@ -343,7 +352,7 @@ def pack_groups(prompts: list, groups: list[list], config, *, advantages: Tensor
         ids=all_ids, positions=torch.cat(positions, dim=1), layout=prefix_attention.Layout(layout, torch.device("cpu")),
         pixels=torch.cat([p.pixels for p in pictures]) if pictures else None,
         grid=torch.cat([p.grid for p in pictures]) if pictures else None,
-        picture_rows=(all_ids == config.image_token_id).nonzero().squeeze(-1),
+        picture_rows=torch.isin(all_ids, torch.tensor(shown_ids(config))).nonzero().squeeze(-1),
         rows=torch.cat(rows), targets=torch.cat(targets), sequence=torch.cat(sequence), lengths=torch.tensor(lengths),
         advantages=torch.cat(advantage), rollout_logp=torch.cat(rollout_logp), loss_mask=torch.cat(loss_mask),
         index=list(range(len(prompts))) if index is None else index,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import FAMILIES, Policy, banned_ids, compute_dtype, load_model, mrope_positions, stop_ids, weights
+from model import FAMILIES, Policy, banned_ids, compute_dtype, load_model, mrope_positions, shown_ids, stop_ids, weights
 
 COMPACT = 0.75  # drop finished rows from the batch once so few are live: each drop copies the cache
 
@@ -136,10 +136,10 @@ class HFRollout:
         for b, prompt in enumerate(prompts):
             left = longest - len(prompt.expanded)  # padded on the left: the last column is every prompt's last token
             ids[b, left:] = torch.tensor(prompt.expanded)
-            positions[:, b, left:] = mrope_positions(prompt.expanded, prompt.grid, policy.config)
+            positions[:, b, left:] = mrope_positions(prompt.expanded, prompt.grid, policy.config, prompt.seconds)
             real[b, left:] = True
         pictures = [p for p in prompts if p.pixels is not None]
-        picture_rows = ((ids == policy.config.image_token_id) & real).flatten().nonzero().squeeze(-1)
+        picture_rows = (torch.isin(ids, torch.tensor(shown_ids(policy.config))) & real).flatten().nonzero().squeeze(-1)
         embeds, more = policy.embed(
             ids.flatten().to(device), picture_rows.to(device),
             torch.cat([p.pixels for p in pictures]).to(device) if pictures else None,

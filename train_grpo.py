@@ -85,7 +85,7 @@ class Config:
     max_rounds: int = 4  # of it; what is missing then is filled with groups of equal rewards
 
     # reward
-    reward: str = "spatialthinker"  # spatialthinker, vanilla, vanilla-scene, or path/to/file.py:function
+    reward: str = "spatialthinker"  # spatialthinker, vanilla, vanilla-scene, spacer, or path/to/file.py:function
     reward_mode: str = "upstream"  # upstream (as published) or corrected
     similarity: str = "lexical"  # of object labels: lexical, exact, spacy (published), or file.py:function
     reward_workers: int | None = None  # processes; None: 0 (this one) for the built-in rewards, up to 4 for a file's
@@ -594,6 +594,8 @@ def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank
     if kind == "hf":
         copied = cfg.shard == "fsdp"  # decoding goes round the shards
         return HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
+    if any(row.get("video") for row in rows):
+        raise ValueError("rows with clips: the engine is not given any yet, take --rollout hf")
     rollout = VLLMRollout(
         policy.config, processor, banned=policy.banned, max_prompt_tokens=cfg.max_prompt_tokens,
         max_tokens=cfg.max_completion_tokens, memory=cfg.engine_memory, max_sequences=cfg.rollout_sequences,

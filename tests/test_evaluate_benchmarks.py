@@ -18,8 +18,10 @@ import pytest
 from benchmark_fixtures import write
 from misbehaving import KEY, Handler, Misbehaving, status
 from PIL import Image
+from video_fixtures import film
 
 import evaluate
+from answers import controlled
 from data.benchmarks import BENCHMARKS
 from data.prompts import build_prompt
 from evaluate import Config
@@ -231,23 +233,27 @@ def test_controls_on_a_benchmark(clones, tmp_path):
         assert len(records) == 5 and all(("picture_of" in r) == (control == "swapped") for r in records)
 
 
-def test_videos_that_cannot_be_decoded_yet_are_one_line(clones, tmp_path):
+def test_videos_are_shown_as_frames_and_bad_ones_are_one_line(clones, tmp_path):
     root = Path(clones("vsi-bench"))
-    for folder in (root / "vsi-bench" / "scannet").iterdir():
+    folders = list((root / "vsi-bench" / "scannet").iterdir())
+    for folder in folders:
         for frame in folder.iterdir():
             frame.unlink()
         folder.rmdir()
+    cfg = replace(TINY, dataset="vsi-bench", data_root=str(root), frames=4)
+    with pytest.raises(ValueError, match="vsi-bench: row .*mp4: no such file; with --data-root give") as error:
+        evaluate.main(replace(cfg, out=str(tmp_path / "none")))
+    assert "\n" not in str(error.value) and not (tmp_path / "none").exists()
+    for folder in folders:
         folder.with_suffix(".mp4").write_bytes(b"video")
-    cfg = replace(TINY, dataset="vsi-bench", data_root=str(root), out=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="vsi-bench: row .*mp4 is a video, which cannot be decoded yet: put its") as error:
-        evaluate.main(cfg)
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-    frames = root / "vsi-bench" / "scannet" / "scene0000_00"
-    frames.mkdir()
-    Image.new("RGB", (40, 30)).save(frames / "0.png")
-    evaluate.main(cfg)  # the rows that can be asked are, the others are named and counted
+    film(root / "vsi-bench" / "scannet" / "scene0000_00.mp4")
+    evaluate.main(replace(cfg, out=str(tmp_path / "out")))  # the rows that can be asked are, the others are named and counted
     result = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert result["n"] == 3 and len(result["skipped"]) == 2 and "cannot be decoded" in result["skipped"][0]["why"]
+    assert result["n"] == 3 and len(result["skipped"]) == 2 and ".mp4" in result["skipped"][0]["why"]
+    row = evaluate.rows_of(replace(cfg, min_pixels=784, max_pixels=200704))[0]
+    shown = controlled(row, "none", None, frames=4)
+    assert 2 <= len(shown["images"]) <= 4 and shown["question"].startswith("The pictures are frames of a video, in order.")
+    assert controlled(row, "blind", None)["images"] == []
 
 
 # ---------------------------------------------------------------- the command line

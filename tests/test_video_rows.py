@@ -3,18 +3,23 @@
 python -m pytest tests/test_video_rows.py
 """
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import new_policy
 
 from data.dataset import encode, encode_rows, load_rows, shuffled_clip
 from data.prompts import FORMS, build_messages, build_prompt
 from data.spacer_rows import read_maps
+from model import mrope_positions, pack_groups
 from rewards import PROBLEM_TYPES, parse_map, spacer_reward
+from rollout import HFRollout
 from video_fixtures import film
 
 PLAN = {"chair": [[1, 1], [9, 9]], "trash can": [[0, 9]]}
@@ -217,3 +222,41 @@ def test_both_templates_end_with_what_the_answer_tags_hold():
 def test_the_clip_comes_before_the_text():
     (message,) = build_messages(make_row(), "spacer")
     assert [part["type"] for part in message["content"]] == ["video", "text"]
+
+
+# ---------------------------------------------------------------- the trainer's side
+
+
+def test_positions_of_a_clip():
+    """Two steps of t, 0.75 s apart at 4 positions a second, of 2 x 3 merged patches; text goes on after the largest."""
+    config = SimpleNamespace(image_token_id=7, video_token_id=8,
+                             vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=4))  # fmt: skip
+    found = mrope_positions([1, 2, *[8] * 12, 3], torch.tensor([[2, 4, 6]]), config, seconds=0.75)
+    assert found[0].tolist() == [0, 1] + [2] * 6 + [5] * 6 + [6]
+    assert found[1].tolist() == [0, 1] + [2, 2, 2, 3, 3, 3] * 2 + [6]
+    assert found[2].tolist() == [0, 1] + [2, 3, 4] * 4 + [6]
+
+
+def test_log_probs_of_a_clip_are_those_of_plain_transformers_and_of_decoding():
+    """At one second a step and this size transformers' own positions agree with the engine's."""
+    policy, processor = new_policy(seed=3)
+    prompt = encode(make_row(video=frames(4), fps=2), processor, style="spacer")
+    assert prompt.seconds == 1.0 and prompt.grid.tolist() == [[2, 20, 28]]
+    (group,) = HFRollout(policy, processor).generate([prompt], n=2, max_tokens=5, temperature=1.0, seed=1)
+    packed = pack_groups([prompt], [group], policy.config)
+    found = policy(packed)[0].detach()
+    torch.testing.assert_close(found, packed.rollout_logp, rtol=1e-4, atol=1e-4)
+    plain = copy.deepcopy(policy.model).eval()
+    for part in (plain.config, plain.config.text_config, plain.config.vision_config):
+        part._attn_implementation = "sdpa"
+    expected = []
+    for c in group:
+        ids = torch.tensor([prompt.expanded + c.token_ids])
+        with torch.no_grad():
+            logits = plain(
+                input_ids=ids, pixel_values_videos=prompt.pixels, video_grid_thw=prompt.grid, attention_mask=torch.ones_like(ids),
+                second_per_grid_ts=torch.tensor([prompt.seconds]), mm_token_type_ids=2 * (ids == policy.config.video_token_id).int(),
+            ).logits[0]  # fmt: skip
+        rows = logits[len(prompt.expanded) - 1 : -1].masked_fill(policy.banned, float("-inf"))
+        expected.append(rows.log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None]).squeeze(1))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
