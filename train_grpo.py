@@ -318,6 +318,8 @@ def score(pool, rows: list[dict], groups: list[list], cfg: Config) -> tuple[Tens
     """Rewards (B, G) and every part by name, a dict a completion in the same order."""
     completions = [c for group in groups for c in group]
     parts = pool.score([c.text for c in completions], [row for row, group in zip(rows, groups) for _ in group])
+    if len(parts) >= 16 and all("error" in part for part in parts):  # one failure costs its sample, this is a broken reward
+        raise RuntimeError(f"the reward failed on all {len(parts)} samples of this step: {parts[0]['error']}; texts in {pool.file}")
     if weights := part_weights(cfg):
         for c, own in zip(completions, parts):
             own["repetition"] = rewards.repetition_penalty(c.text)

@@ -182,3 +182,15 @@ def test_ablation_rewards_differ_where_they_should():
     assert made["count_8_2"](unformed, row)["total"] == 0.0
     parts = made["no_gates"](unformed, row)
     assert parts["format"] == 0.0 and parts["accuracy"] == 1.0 and parts["spatial"] > 0.6
+
+
+def test_a_reward_that_fails_on_everything_ends_the_run():
+    class Broken:
+        file = "runs/x/failures.jsonl"
+
+        def score(self, texts, rows):
+            return [{"total": 0.0, "error": "KeyError: 'gold_box'"} for _ in texts]
+
+    with pytest.raises(RuntimeError, match="all 16 samples of this step: KeyError: 'gold_box'; texts in runs/x/failures.jsonl"):
+        score(Broken(), [{}], [completions(*[1] * 16)], Config())
+    assert score(Broken(), [{}], [completions(1, 1)], Config())[0].tolist() == [[0.0, 0.0]], "a few may fail"
