@@ -549,6 +549,8 @@ def main(cfg: Config) -> None:
             time_limit=cfg.reward_seconds,
         )  # fmt: skip
         rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
+        if device.type == "cpu" and cfg.model in ("random:3b", "random:7b"):
+            raise ValueError(f"{cfg.model} needs an NVIDIA GPU, and there is none: --model random:tiny shows the same on a CPU")
     with runs.die_together(rank, world_size=world), pool:
         with runs.one_line_errors():
             policy, processor = load_policy(
