@@ -13,6 +13,7 @@ from PIL import Image
 
 import providers
 import runs
+from data.benchmarks import AS_FRAMES
 from data.dataset import encode, sizes_or_error
 from data.pictures import BrokenPicture, decode_picture, open_picture
 from data.prompts import build_prompt
@@ -93,8 +94,7 @@ def with_frames(row: dict, frames: int) -> dict:
     if not row.get("video"):
         return row
     shown = load_clip(row, rule="eval", max_frames=frames).frames
-    told = "The pictures are frames of a video, in order.\n"
-    return {**row, "video": None, "images": shown, "question": told + row["question"]}
+    return {**row, "video": None, "images": shown, "question": AS_FRAMES + row["question"]}
 
 
 # ---------------------------------------------------------------- who answers

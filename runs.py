@@ -12,6 +12,7 @@ and older ones go only after that. torch, tqdm and matplotlib are imported by th
 """
 
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -282,6 +283,18 @@ def read_lines(path: str | Path) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or delete the line") from error
     return records
+
+
+@contextmanager
+def locked(path: Path, *, who: str = "another process") -> Iterator[None]:
+    """The file is there and ours alone until the end; ValueError, one line, if `who` has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: {who} is writing it: wait, or choose another --out") from None
+        yield
 
 
 def cut_torn_line(path: Path) -> bool:

@@ -592,12 +592,17 @@ MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "ke
               "reference", "offload_moments")  # fmt: skip
 
 
+def own_rollout(cfg, policy: Policy, processor) -> HFRollout:
+    """Sampling with the policy's own modules, or with a whole copy of them: decoding goes round the shards of fsdp."""
+    copied = cfg.shard == "fsdp"
+    return HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
+
+
 def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank: int):
     """The engine, asleep. vLLM sizes its cache by the memory that is free now, so it starts before the optimiser."""
     kind = choose_rollout(cfg.rollout, policy.device)
     if kind == "hf":
-        copied = cfg.shard == "fsdp"  # decoding goes round the shards
-        return HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
+        return own_rollout(cfg, policy, processor)
     if any(row.get("video") for row in rows):
         raise ValueError("rows with clips: the engine is not given any yet, take --rollout hf")
     rollout = VLLMRollout(

@@ -33,11 +33,11 @@ from data.dataset import encode, encode_rows, load_rows
 from data.responses import mistaken_letter, response_text
 from data.scenes import scene_rows
 from metrics import Clock
-from model import Packed, Policy, add_lora, frozen_copy, load_policy, pack
+from model import Packed, Policy, add_lora, load_policy, pack
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
-from rollout import Completion, HFRollout
+from rollout import Completion
 from train_grpo import (
-    KERNELS, check_choices, check_sizes, encoding, global_counts, prepare, restore, save, take, token_scale, validate,
+    KERNELS, check_choices, check_sizes, encoding, global_counts, own_rollout, prepare, restore, save, take, token_scale, validate,
 )  # fmt: skip
 
 
@@ -219,8 +219,7 @@ def main(cfg: Config) -> None:
             cfg = replace(cfg, shard=memory.choose_shard(cfg, policy, world)[0])
             if cfg.lora_rank and cfg.shard == "fsdp":
                 raise ValueError("--lora-rank trains few numbers: --shard none or optimizer, not fsdp")
-            copied = cfg.shard == "fsdp"
-            rollout = HFRollout(frozen_copy(policy) if copied else policy, processor, max_sequences=cfg.rollout_sequences, copied=copied)
+            rollout = own_rollout(cfg, policy, processor)
             _, optimizer = prepare(cfg, policy)
             start = 0
             if cfg.resume and (newest := runs.latest_checkpoint(run)):

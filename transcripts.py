@@ -4,12 +4,10 @@ A line holds the question, gold, the whole text and the verdict; a row asked k t
 `rescore` takes our files and those of the published scripts, SpatialThinker's JSON lists and SpaceR's JSONL.
 """
 
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import runs
@@ -45,16 +43,7 @@ def read_transcripts(path: Path) -> list[dict]:
     return records
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """The transcript file is there and ours alone until the end; ValueError, one line, if another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another evaluate.py is writing it: wait, or choose another --out") from None
-        yield
+locked = partial(runs.locked, who="another evaluate.py")
 
 
 def check_settings(path: Path, settings: dict) -> None:

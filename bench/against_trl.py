@@ -23,6 +23,8 @@ from pathlib import Path
 
 import tyro
 
+import runs
+
 
 @dataclass(frozen=True)
 class Config:
@@ -56,7 +58,7 @@ def main(cfg: Config) -> None:
         print(f"{side}: exit code {code} after {time.time() - began:.0f} s, {log}", flush=True)
         steps = [json.loads(found) for found in re.findall(r"STEP (\{.*?\})", log.read_text())]
         if side == "ours" and (metrics := Path("runs/against-trl/metrics.jsonl")).exists():
-            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+            lines = runs.read_lines(metrics)
             steps = [{"seconds": line["time/step"], "card_gib": line.get("speed/peak_gib"), "metrics": line} for line in lines]
         results[side] = {"exit code": code, "steps": steps}
         (cfg.out / "results.json").write_text(json.dumps(results, indent=1))
@@ -130,7 +132,7 @@ def trl(cfg: Config) -> None:
     from bench.random_reward import reward
     from speed import CardPeak
 
-    lines = [json.loads(line) for line in (cfg.out / "rows.jsonl").read_text().splitlines()]
+    lines = runs.read_lines(cfg.out / "rows.jsonl")
     data = Dataset.from_list([
         {"prompt": [{"role": "user", "content": line["problem"]}], "image": Image.open(cfg.out / line["images"][0])} for line in lines
     ])  # fmt: skip

@@ -18,7 +18,7 @@ import tyro
 import memory
 import speed
 from data.dataset import encode, load_rows
-from model import frozen_copy, load_policy
+from model import compute_dtype, frozen_copy, load_policy
 from optim import MasterOptimizer
 from rollout import Completion
 from train_grpo import BENCH, encoding, train_step
@@ -40,8 +40,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, processor = load_policy(cfg.model, dtype=dtype, device=str(device), never_stop=True, kernels=cfg.kernels == "auto")
+    policy, processor = load_policy(cfg.model, dtype=compute_dtype("auto", device.type), device=str(device), never_stop=True, kernels=cfg.kernels == "auto")
     reference = frozen_copy(policy)
     train_cfg = replace(BENCH, prompts_per_step=cfg.prompts, token_budget=cfg.token_budget, checkpoint_layers=cfg.checkpoint_layers)
     optimizer = MasterOptimizer(policy.named_parameters(), weight_decay=0.01, offload_moments=cfg.offload_moments)

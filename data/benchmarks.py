@@ -25,6 +25,7 @@ from data.options import asked, choice, unlettered
 from data.pictures import picture_size
 from data.rows import check_answer, picture_list, stvqa_row
 
+AS_FRAMES = "The pictures are frames of a video, in order.\n"  # said before the question
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 Reader = Callable[[dict, int], dict]
 Records = Iterator[tuple[str, dict, list[Path]]]  # place, record, folders in which its media may lie
@@ -319,7 +320,7 @@ def bench_row(name: str, bench: Benchmark, record: dict, number: int, bases: lis
     images, shown = resolved(picture_list(fields.pop("images", None), Path()), bases), {}
     if video is not None:
         images, shown = video_frames(video, bases, frames)
-        fields["question"] = ("The pictures are frames of a video, in order.\n" if images else "") + fields["question"]
+        fields["question"] = (AS_FRAMES if images else "") + fields["question"]
     meta = {key: value for key, value in (fields.pop("meta", None) or {}).items() if value is not None}
     meta |= {"rule": bench.rule} | ({"raw_gold": raw} if raw != fields["gold"] else {})
     row = {"id": f"{number}" if own in (None, "") else f"{number}-{own}", "source": name, "images": images,

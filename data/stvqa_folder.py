@@ -1,6 +1,5 @@
 """The folder of a data set in the making: which files, what is appended, what is replaced, with which settings."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -32,12 +31,7 @@ def appending(out: str, stage: str, name: str, settings: dict) -> Iterator[Path]
     """The stage's file, ours alone until the end, its torn last line cut off. ValueError, one line, if its lines were
     made with other settings, or another process has it."""
     path = file_of(out, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing it: wait, or choose another --out") from None
+    with runs.locked(path):
         saved, settings = settings_of(out), json.loads(json.dumps(settings))
         old = saved.get(stage, settings)
         free = ("images", "limit")  # pictures may have moved, and more graphs are asked about by raising the limit

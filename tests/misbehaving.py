@@ -4,7 +4,25 @@ import json
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+@contextmanager
+def servers(make):
+    """A function that makes a server with `make` and runs it; all of them end with the block."""
+    running = []
+
+    def start(*args, **settings):
+        server = make(*args, **settings)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
 
 KEY = "sk-secret-0123456789"
 

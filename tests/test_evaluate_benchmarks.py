@@ -9,14 +9,13 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from benchmark_fixtures import write
-from misbehaving import KEY, Handler, Misbehaving, status
+from misbehaving import KEY, Handler, Misbehaving, servers, status
 from PIL import Image
 from video_fixtures import film
 
@@ -49,11 +48,8 @@ def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Misbehaving(Answering)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with servers(Misbehaving) as start:
+        yield start(Answering)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from misbehaving import Handler, Misbehaving, half, hang_up, proper, says, status
+from misbehaving import Handler, Misbehaving, half, hang_up, proper, says, servers, status
 from PIL import Image
 
 from data.dataset import load_rows
@@ -224,18 +223,8 @@ def serving(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers = []
-
-    def start(*args, **settings):
-        server = Answering(*args, **settings)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers(Answering) as start:
+        yield start
 
 
 def scene_answers(n: int) -> tuple[list[str], dict[str, str]]:

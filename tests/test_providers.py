@@ -8,13 +8,12 @@ import io
 import logging
 import random
 import socket
-import threading
 import time
 from email.utils import formatdate
 
 import numpy as np
 import pytest
-from misbehaving import KEY, Handler, Misbehaving, dripping, half, hang_up, says, silent, status
+from misbehaving import KEY, Handler, Misbehaving, dripping, half, hang_up, says, servers, silent, status
 from PIL import Image
 
 import providers
@@ -32,18 +31,8 @@ def provider(request, monkeypatch):
 @pytest.fixture
 def serving(provider):
     """serving(plan) -> a server that runs until the end of the test."""
-    servers = []
-
-    def start(plan=None, handler=Handler):
-        server = Misbehaving(handler, plan)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers(lambda plan=None, handler=Handler: Misbehaving(handler, plan)) as start:
+        yield start
 
 
 def asked(server, provider, requests, **options):
