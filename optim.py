@@ -459,6 +459,7 @@ def step_from_host(parts: list[HostMoments]) -> None:
     every part, 8 bytes a parameter in the end."""
     device = parts[0].masters[0].device
     compute, coming, going = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
+    torch.cuda.empty_cache()  # activations leave pieces that no buffer fits into: 7 GiB more at the peak
     room = [torch.empty(max(part.host.numel() for part in parts), device=device) for _ in range(min(3, len(parts)))]
     coming.wait_stream(compute)  # the buffers may lie where a gradient was just read
     came, gone = [torch.cuda.Event() for _ in parts], [torch.cuda.Event() for _ in parts]

@@ -131,7 +131,7 @@ class Config:
 
     # records
     val_every: int = 5  # steps; also before the first and after the last; 0: never
-    save_every: int = 5  # steps between checkpoints; also after the last and on a signal
+    save_every: int = 5  # steps between checkpoints; also after the last and on a signal; 0: never (measurements)
     keep: int = 2  # checkpoints
     samples_every: int = 5  # steps between whole transcripts in samples.jsonl
     tracker: str = "none"  # none, or wandb: the metrics go there too
@@ -151,7 +151,7 @@ VANILLA = dict(reward="vanilla", style="reasoning", max_prompt_tokens=2048)  # s
 BENCH = replace(
     SPATIALTHINKER, model="random:3b", data="noise:588x448:270@train", val_data=None, limit=64, name="bench-3b", style="row",
     min_pixels=784, max_prompt_tokens=1536, max_completion_tokens=512, fixed_length=True, prompts_per_step=16,
-    reward="bench/random_reward.py:reward", engine_memory=0.35, mini_batches=1, steps=4, val_every=0, save_every=1000,
+    reward="bench/random_reward.py:reward", engine_memory=0.35, mini_batches=1, steps=4, val_every=0, save_every=0,
     samples_every=1000, report_speed=True,
 )  # fmt: skip
 
@@ -456,7 +456,9 @@ def deal(cfg: Config, drawn: list[dict], prompts: dict, sampled: dict, live: lis
 def check_config(cfg: Config, world: int) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
     check_sizes(cfg, "limit", "val_limit", "steps", "prompts_per_step", "mini_batches", "token_budget", "max_completion_tokens",
-                "rollout_sequences", "save_every", "samples_every", "keep")  # fmt: skip
+                "rollout_sequences", "samples_every", "keep")  # fmt: skip
+    if cfg.save_every < 0:
+        raise ValueError(f"--save-every {cfg.save_every}: give 0 (never) or more")
     if cfg.prompts_per_step % (world * cfg.mini_batches):
         raise ValueError(f"--prompts-per-step {cfg.prompts_per_step} does not divide into {world} ranks x "
                          f"{cfg.mini_batches} mini-batches")  # fmt: skip
@@ -693,8 +695,9 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
             if step % cfg.samples_every == 0 or last:
                 runs.log_samples(run, step, transcripts(own.rows, own.groups, own.parts, advantages))
             progress.show(step, {"reward": metrics["reward/total"], "accuracy": metrics.get("reward/accuracy", 0.0)})
-        if last or stopping or (step + 1) % cfg.save_every == 0:
-            save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=cursor, skipped=skipped)
+        if last or stopping or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            if cfg.save_every:
+                save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=cursor, skipped=skipped)
             if rank == 0:
                 runs.plot_reward(run)
         if stopping:

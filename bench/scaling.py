@@ -59,14 +59,25 @@ def main(cfg: Config) -> None:
 def gpus(cfg: Config) -> int:
     if cfg.rehearse:
         return 2
-    return len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.splitlines())
+    return len(cards())
+
+
+def cards() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        raise SystemExit("no GPU here (nvidia-smi is missing): --rehearse runs the same on the CPU")
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return [str(i) for i in range(len(found.stdout.splitlines()))] if found.returncode == 0 else []
 
 
 def start(cfg: Config, count: int, log: Path, *command: str) -> subprocess.Popen:
-    visible = {} if cfg.rehearse else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+    visible = {} if cfg.rehearse else {"CUDA_VISIBLE_DEVICES": ",".join(cards()[:count])}
     threads = {"OMP_NUM_THREADS": "1"} if cfg.rehearse else {}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = os.environ | visible | threads | {"PYTHONPATH": "."}
+    search = os.pathsep.join(filter(None, (".", os.environ.get("PYTHONPATH"))))
+    environment = os.environ | visible | threads | {"PYTHONPATH": search}
     with open(log, "w") as file:
         return subprocess.Popen([*torchrun, *command], stdout=file, stderr=subprocess.STDOUT, env=environment)
 
@@ -76,7 +87,7 @@ def training(cfg: Config, count: int, name: str) -> list[str]:
     prompts = 2 if cfg.rehearse else cfg.prompts
     limit = [] if cfg.rehearse else ["--limit", str(max(64, prompts * count * cfg.steps))]
     return [cfg.preset, *(REHEARSAL if cfg.rehearse else []), *limit, "--name", name, "--prompts-per-step", str(prompts * count),
-            "--steps", str(cfg.steps), *cfg.more.split()]  # fmt: skip
+            "--steps", str(cfg.steps), "--save-every", "0", *cfg.more.split()]  # fmt: skip
 
 
 def fresh(name: str) -> Path:

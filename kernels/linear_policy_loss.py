@@ -21,7 +21,7 @@ Built of row_logprob.py, policy_loss.py and, for the products and the reference,
 import torch
 from torch import Tensor
 
-from .logprob import blocks, check_inputs, matmul_into, rows_per_chunk, token_logprob
+from .logprob import blocks, check_inputs, logits_into, matmul_into, rows_per_chunk, token_logprob
 from .policy_loss import check_arguments, policy_loss, policy_terms, reduce_partials
 from .row_logprob import IGNORE, has_kernel, row_dz, row_stats
 
@@ -49,7 +49,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         partials = []
         for c in chunks:
             rows = c.stop - c.start
-            part = matmul_into(logits[:rows], hidden[c], weight.T)
+            part = logits_into(logits[:rows], hidden[c], weight)
             stats = row_stats(part, targets[c], temperature=temperature, banned=banned)
             logp[c], entropy[c] = stats[0], stats[2]
             dlogp, sums = policy_terms(logp[c], advantages[c], scale[c], entropy=entropy[c], **_slice(arguments, c))

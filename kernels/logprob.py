@@ -19,7 +19,8 @@ alive at a time, forward or backward, whatever the number of rows:
 Blocks of columns in the backward, because dW is then written once with a long inner dimension and needs no fp32 copy
 as long as one super-block holds all rows; chunks of rows would read and write 1.2 GB of fp32 dW for every chunk. What
 is summed over several blocks is summed in fp32: bf16 sums of dX over 16 blocks triple its error. Logits are fp32 both
-times: bf16 logits cost log-probs 5e-3 on average, and mixing the two precisions 7 % of the gradient.
+times: bf16 logits cost log-probs 5e-3 on average, and mixing the two precisions 7 % of the gradient. Tensor cores cut the
+running sum of a product off at every step, so a long inner dimension is multiplied in parts (INNER).
 
 Where several log-probs feed one loss that is known row by row, kernels/linear_policy_loss.py does this in three
 products instead of four.
@@ -34,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from .row_logprob import IGNORE, has_kernel, logits_logprob_reference, row_dz, row_stats
 
 CHUNK_BYTES = int(3.5 * 2**30)  # a block of logits in fp32 and its gradient in bf16: 4096 rows of Qwen's vocabulary
+INNER = 2048  # of a product with fp32 result; at 3584 in one piece log-probs are off by 3.1e-5 on an H200, in two by 1.6e-5
 REFERENCE_LOGITS = 2048 * 151_936  # the reference holds several fp32 copies of a chunk
 
 
@@ -78,6 +80,13 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tens
     return torch.addmm(out, a, b, out=out, **dtype) if add else torch.mm(a, b, out=out, **dtype)
 
 
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """out (C, V) fp32 = hidden (C, H) weight (V, H)^T."""
+    for k in blocks(hidden.shape[1], INNER):
+        matmul_into(out, hidden[:, k], weight[:, k].T, add=k.start > 0)
+    return out
+
+
 def blocks(count: int, most: int) -> list[slice]:
     """Equal parts of at most `most` (a part of one row would cost as much as one of 500), of whole tiles where it can."""
     parts = max(1, math.ceil(count / most))
@@ -100,7 +109,7 @@ class _TokenLogprob(torch.autograd.Function):
         logits = hidden.new_empty(size, len(weight), dtype=torch.float32)  # (C, V), the only one
         stats = hidden.new_empty(3, len(hidden), dtype=torch.float32)  # logp, lse, entropy
         for c in chunks:
-            part = matmul_into(logits[: c.stop - c.start], hidden[c], weight.T)
+            part = logits_into(logits[: c.stop - c.start], hidden[c], weight)
             for whole, x in zip(stats, row_stats(part, targets[c], temperature=temperature, banned=banned)):
                 whole[c] = x
         logp, lse, entropy = stats
@@ -133,7 +142,7 @@ class _TokenLogprob(torch.autograd.Function):
             of_rows = [targets[r], *(x[r] for x in stats), dlogp[r], None if dentropy is None else dentropy[r]]
             for c in column_blocks:
                 shape = r.stop - r.start, c.stop - c.start
-                part = matmul_into(logits[: math.prod(shape)].view(shape), hidden[r], weight[c].T)
+                part = logits_into(logits[: math.prod(shape)].view(shape), hidden[r], weight[c])
                 grad = row_dz(part, *of_rows, out=dz[: math.prod(shape)].view(shape), first=c.start,
                               temperature=ctx.temperature, banned=banned)  # fmt: skip
                 if need_hidden:

@@ -308,7 +308,7 @@ def check(device: str) -> None:
     for a, b in zip(ours, exact):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
         (got,), (want,) = (torch.autograd.grad(x.sum(), logits, retain_graph=True) for x in (a, b))
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=5e-5)  # fp32 logits of 140 lie 1.5e-5 apart
 
 
 def bench(rows: int = 8192, columns: int = 151_936) -> None:

@@ -6,6 +6,7 @@ tolerance of 1e-5. `sharpen` gives weights at which every one of them shows.
 
 import copy
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,13 @@ from rollout import Completion
 torch.set_num_threads(1)
 
 VECTORS = Path(__file__).parent / "vectors" / "spatialthinker.jsonl"
+ROOT = Path(__file__).resolve().parent.parent
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def search_path() -> str:
+    """PYTHONPATH of a child process that starts elsewhere: the project, then what this process was given."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def sharpen(model, seed: int = 0):

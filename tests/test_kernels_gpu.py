@@ -14,10 +14,8 @@ from kernels.row_logprob import logits_logprob, logits_logprob_reference, row_dz
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 SHAPES = [(2048, 151_936), (3584, 152_064), (512, 100_001)]  # H, V: Qwen2.5-VL 3B, 7B, and an odd vocabulary
-LOGP, GRADIENT, RATIO = 2e-5, 3e-3, 1e-4  # largest errors allowed: log-prob, dX and dW relative, on-policy ratio
-# Tensor cores cut every partial sum instead of rounding it: logits of 30 summed over H = 3584 are off by 3e-5 before any
-# kernel of ours sees them. So the kernels are held to LOGP on the product that they got, and the whole to these.
-WHOLE_LOGP, WHOLE_ENTROPY = 6e-5, 3e-4
+# Largest errors allowed: log-prob; entropy, a sum of 1e5 of those; dX and dW, relative; ratio on-policy.
+LOGP, ENTROPY, GRADIENT, RATIO = 2e-5, 2e-4, 3e-3, 1e-4
 GIB = 2**30
 
 
@@ -55,20 +53,18 @@ def relative(got, want):
 @pytest.mark.parametrize("width, vocabulary", SHAPES)
 def test_log_probs_and_gradients_against_fp64(width, vocabulary, rows):
     hidden, weight, targets, banned = inputs(rows, width, vocabulary)
-    targets[rows // 2 :: 50] = -100 if rows > 1 else targets[0]
+    if rows > 1:
+        targets[rows // 2 :: 50] = -100
     upstream = torch.randn(2, rows, device="cuda")
     leaves = double(hidden, weight)
     exact = token_logprob_reference(*leaves, targets, temperature=0.9, banned=banned)
     want = torch.autograd.grad(exact, leaves, list(upstream.double()))
-    product = torch.mm(hidden.detach(), weight.detach().T, out_dtype=torch.float32)
-    of_product = logits_logprob_reference(product.double(), targets, temperature=0.9, banned=banned)
     # A row by itself may have one number that outweighs all others, and rounding it to bf16 costs up to 4e-3.
     allowed = GRADIENT if rows > 1 else 6e-3
     for chunk_rows in (None, 100):  # 100: several chunks forward, one super-block of four column blocks backward
         ours = token_logprob(hidden, weight, targets, temperature=0.9, banned=banned, chunk_rows=chunk_rows)
-        for x, whole, same_product, bound in zip(ours, exact, of_product, (WHOLE_LOGP, WHOLE_ENTROPY)):
-            assert (x.double() - whole).abs().max() <= bound
-            assert chunk_rows or (x.double() - same_product).abs().max() <= LOGP
+        for x, want_x, bound in zip(ours, exact, (LOGP, ENTROPY)):
+            assert (x.double() - want_x).abs().max() <= bound
         got = torch.autograd.grad(ours, (hidden, weight), list(upstream))
         for g, w in zip(got, want):
             assert g.dtype == torch.bfloat16 and relative(g, w) <= allowed
@@ -94,11 +90,11 @@ def test_the_single_pass_against_fp64(width, vocabulary):
         ours, seen, logp, entropy = linear_policy_loss(
             hidden, weight, targets, advantages, scale, banned=banned, chunk_rows=chunk_rows, **near, **kwargs
         )
-        assert (logp.double() - exact_logp).abs().max() <= WHOLE_LOGP
-        assert (entropy.double() - exact_entropy).abs().max() <= WHOLE_ENTROPY
+        assert (logp.double() - exact_logp).abs().max() <= LOGP
+        assert (entropy.double() - exact_entropy).abs().max() <= ENTROPY
         assert float(ours.detach()) == pytest.approx(float(exact.detach()), abs=1e-5)
         for name, value in stats.items():
-            assert float(seen[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-3), name
+            assert float(seen[name]) == pytest.approx(float(value), rel=1e-4, abs=rows * LOGP), name
         got = torch.autograd.grad(ours, (hidden, weight), retain_graph=True)
         for g, w in zip(got, want):
             assert relative(g, w) <= GRADIENT
@@ -233,7 +229,7 @@ def test_memory_does_not_grow_with_rows():
             logp, _ = token_logprob(hidden, weight, targets, banned=banned)
             few = slice(rows - 64, rows)
             exact, _ = token_logprob_reference(hidden[few].double(), weight.double(), targets[few], banned=banned)
-        assert (logp[few].double() - exact).abs().max() <= WHOLE_LOGP
+        assert (logp[few].double() - exact).abs().max() <= LOGP
         dx = hidden.numel() * hidden.itemsize / GIB
         del hidden, weight, gradients
     chunk, fp32_weight = logprob_module.CHUNK_BYTES / GIB, 4 * 2048 * 151_936 / GIB

@@ -251,3 +251,13 @@ def test_sums_over_blocks_are_refused_in_low_precision():
     a = torch.ones(2, 2, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="kept in fp32"):
         matmul_into(a.clone(), a, a, add=True)
+
+
+def test_a_long_inner_dimension_is_multiplied_in_parts(monkeypatch):
+    hidden, weight = torch.randn(5, 300), torch.randn(7, 300)
+    monkeypatch.setattr(logprob_module, "INNER", 128)
+    shapes = []
+    monkeypatch.setattr(logprob_module, "matmul_into", lambda out, a, b, add=False: shapes.append(a.shape[1]) or matmul_into(out, a, b, add=add))
+    out = logprob_module.logits_into(torch.empty(5, 7), hidden, weight)
+    close(out, hidden @ weight.T)
+    assert shapes == [128, 128, 44]

@@ -120,7 +120,7 @@ def test_unknown_names_are_one_line(flag, value):
 
 @pytest.mark.parametrize("script", [train_grpo, train_sft])
 @pytest.mark.parametrize("wrong, said", [
-    (dict(save_every=0), "--save-every 0: give 1 or more"), (dict(keep=0), "--keep 0"), (dict(limit=0), "--limit 0"),
+    (dict(save_every=-1), "--save-every -1: give"), (dict(keep=0), "--keep 0"), (dict(limit=0), "--limit 0"),
     (dict(min_pixels=9, max_pixels=8), "--min-pixels 9 is more than --max-pixels 8"), (dict(shard="fdsp"), "--shard fdsp: one of auto"),
     (dict(schedule="wsd"), "--schedule wsd: one of constant"),
 ])  # fmt: skip

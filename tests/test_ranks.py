@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_group, make_prompt, new_policy, saved_masters
+from conftest import ROOT, make_group, make_prompt, new_policy, saved_masters, search_path
 
 import ranks
 import train_grpo
@@ -30,7 +30,6 @@ from model import load_model, save_hf, weights
 from rollout import Completion
 from train_grpo import Config, collect, prepare, train_step
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = Config(kl="k3", kl_coef=0.5, importance_cap=0.0, token_budget=10_000, mini_batches=1, lr=1e-3, steps=10)
 
 # name -> (config, batch)
@@ -227,7 +226,7 @@ def worker(out: Path) -> None:
 
 def torchrun(folder: Path, *arguments: str, count: int = 2) -> subprocess.Popen:
     """Ranks under torchrun, started but not waited for."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "0",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *arguments]  # fmt: skip
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

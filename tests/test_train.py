@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import saved_masters
+from conftest import ROOT, saved_masters, search_path
 from PIL import Image
 
 import model as model_module
@@ -22,7 +22,6 @@ from model import load_model
 from rollout import HFRollout
 from train_grpo import PRESETS, Config
 
-ROOT = Path(__file__).resolve().parent.parent
 REWARD = """
 import zlib
 
@@ -500,7 +499,7 @@ def test_rule_13_evaluation_scores_with_the_graders_of_the_rewards():
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(), "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
                           timeout=300)  # fmt: skip
 
