@@ -57,7 +57,7 @@ def gather(value) -> list:
 
 def barrier() -> None:
     if several():
-        dist.barrier()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def leave() -> None:

@@ -297,7 +297,7 @@ class VLLMRollout:
         else:  # there a seeded request whose prefill is cut in two crashes, so whole prompts only
             options |= dict(enforce_eager=True, skip_mm_profiling=True, enable_chunked_prefill=False,
                             max_num_batched_tokens=2 * length, kv_cache_memory_bytes=CPU_CACHE)  # fmt: skip
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, with one rank too: vLLM's own group would wait for its store for ever
             options["distributed_executor_backend"] = "external_launcher"
         set_engine_environment()
         self.before, self.resident = gpu_used() if self.kind == "cuda" else 0.0, None

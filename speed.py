@@ -7,6 +7,7 @@ The vision tower and attention scores are left out of both, so they are a little
 large bf16 matrix product: data sheets promise more.
 """
 
+import atexit
 import contextlib
 import statistics
 import threading
@@ -97,15 +98,16 @@ class CardPeak:
     torch's own counter misses what the engine maps by itself, and takes a sleeping pool for a full one."""
 
     def __init__(self, device: torch.device):
-        self.device, self.most = device, 0
+        self.device, self.most, self.over = device, 0, threading.Event()
         if device.type == "cuda":
-            threading.Thread(target=self._watch, daemon=True).start()
+            thread = threading.Thread(target=self._watch, daemon=True)
+            thread.start()
+            atexit.register(lambda: (self.over.set(), thread.join()))  # ended from outside, a thread in CUDA aborts the process
 
     def _watch(self) -> None:
-        while True:
+        while not self.over.wait(0.02):
             free, total = torch.cuda.mem_get_info(self.device)
             self.most = max(self.most, total - free)
-            time.sleep(0.02)
 
     def take(self) -> float:
         """GiB since the last call."""

@@ -706,7 +706,7 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
     if meter and rank == 0:
         print(speed.report(runs.read_lines(run / "metrics.jsonl"), cfg, world))
     if rank == 0:
-        print(f"{run}: metrics.jsonl, samples.jsonl, reward.png, {', '.join(p.name for p in sorted(run.glob('step_*')))}")
+        print(f"{run}: {', '.join(['metrics.jsonl', 'samples.jsonl', 'reward.png', *sorted(p.name for p in run.glob('step_*'))])}")
 
 
 def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: float, run) -> None:
