@@ -579,7 +579,7 @@ def _spacer_answer(response: str, gold: str, problem_type: str, options: tuple, 
         return 0.0
     if corrected:  # mend_number, mend_regression
         kind = "mra" if problem_type == "numerical" else "regression"
-        return float(_number({"kind": kind, "gold": gold}, response)[0])
+        return float(_number_row({"kind": kind, "gold": gold}, response)[0])
     return _upstream_number(given, gold, problem_type)
 
 
@@ -881,8 +881,7 @@ def _readings(span: str, options: tuple):
     for m in list(STATED.finditer(span))[:-20:-1]:  # 'I hope this answer is helpful' names nothing: go back
         tail = span[m.end() : m.end() + 400]
         yield set() if _denied(span, m) else _leading(tail, options, form=STATED_LETTER)
-    lines = span.strip().rsplit("\n", 1)
-    yield _leading(lines[0], options) | _leading(lines[-1], options)
+    yield set().union(*(_leading(part, options) for part in span.strip().rsplit("\n", 1)))
     for bold in re.findall(r"\*\*([^*]{1,200})\*\*", span)[-1:]:
         yield _leading(bold, options)
     flat = " ".join(span.lower().split())
@@ -958,27 +957,27 @@ def grade(row: dict, text: str | None, *, mode: str = "corrected") -> dict:
 
 def grade_choice(text: str, options: list[str], gold: str) -> bool:
     """Whether a response chooses gold: a letter in any dress, or the text of an option."""
-    return _choice({"options": options, "gold": gold}, text)[0]
+    return _choice_row({"options": options, "gold": gold}, text)[0]
 
 
 def grade_number(text: str, gold: str) -> bool:
     """Whether a response states gold's number."""
-    return _number({"kind": "number", "gold": gold}, text)[0]
+    return _number_row({"kind": "number", "gold": gold}, text)[0]
 
 
 def grade_yes_no(text: str, gold: str) -> bool:
     """Whether the first yes or no of a response is gold's."""
-    return _yes_no({"gold": gold}, text)[0]
+    return _yes_no_row({"gold": gold}, text)[0]
 
 
-def _choice(row: dict, text: str) -> tuple[bool, str | None]:
+def _choice_row(row: dict, text: str) -> tuple[bool, str | None]:
     letter, gold = extract_choice(text, row["options"]), row["gold"].strip(EDGES).upper()
     if not (len(gold) == 1 and gold.isalpha()):
         gold = extract_choice(row["gold"], row["options"])
     return letter is not None and letter == gold, letter
 
 
-def _number(row: dict, text: str) -> tuple[bool | float, str | None]:
+def _number_row(row: dict, text: str) -> tuple[bool | float, str | None]:
     """number: whether it is gold's; regression: 1 minus the relative error, in [0, 1]; mra: the relative accuracy."""
     number, want = read_number(_final(text)), read_number(row["gold"])
     correct = False if row["kind"] == "number" else 0.0
@@ -992,15 +991,15 @@ def _number(row: dict, text: str) -> tuple[bool | float, str | None]:
     return correct, None if number is None else f"{number:g}"
 
 
-def _yes_no(row: dict, text: str) -> tuple[bool, str | None]:
+def _yes_no_row(row: dict, text: str) -> tuple[bool, str | None]:
     said = re.search(r"\b(?:yes|no)\b", _final(text).lower())
     return said is not None and said.group() == plain(row["gold"]), said and said.group()
 
 
-def _text(row: dict, text: str) -> tuple[bool, str | None]:
+def _text_row(row: dict, text: str) -> tuple[bool, str | None]:
     """Equal texts, but for case, spacing, a letter in front, an article, punctuation at the ends."""
     given = _final(text)
-    right = _yes_no(row, text)[0] if plain(row["gold"]) in ("yes", "no") else _mend_answer(given, row["gold"])
+    right = _yes_no_row(row, text)[0] if plain(row["gold"]) in ("yes", "no") else _mend_answer(given, row["gold"])
     return right, given.strip() or None
 
 
@@ -1021,7 +1020,7 @@ AXES = (("move_right", "move_left"), ("move_up", "move_down"), ("move_forward", 
         ("rotate_right", "rotate_left"), ("rotate_up", "rotate_down"))  # fmt: skip
 
 
-def _moves(row: dict, text: str) -> tuple[float, str | None]:
+def _moves_row(row: dict, text: str) -> tuple[float, str | None]:
     """A camera's move (SpaceR 5.4): the mean of the relative accuracies on five axes, relative to the truth."""
     said, want = ({f"{m[1]}_{m[2]}".lower(): float(m[3]) for m in MOVE.finditer(t)} for t in (_final(text), row["gold"]))
     if not said or not want:
@@ -1034,8 +1033,10 @@ def _moves_accuracy(pred: dict[str, float], target: dict[str, float]) -> float:
     return sum(mean_relative_accuracy(p, t) for p, t in zip(*nets)) / len(AXES)
 
 
-GRADERS = {"choice": _choice, "number": _number, "regression": _number, "text": _text, "ocr": _text, "mra": _number,
-           "yes_no": _yes_no, "view_change": _moves}  # fmt: skip
+GRADERS = {
+    "choice": _choice_row, "number": _number_row, "regression": _number_row, "text": _text_row, "ocr": _text_row,
+    "mra": _number_row, "yes_no": _yes_no_row, "view_change": _moves_row,
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Published rules: the graders of the published evaluations, with their defects: to re-derive published numbers, not to
@@ -1143,7 +1144,7 @@ STOCK = ("The best answer is", "The correct answer is", "The answer is", "The an
 
 def first_capital(text: str, letters: str) -> str:
     """Video-MME's and LongVideoBench's letter: the first of these capitals anywhere, stock phrases removed (SpaceR 5.5,
-    5.6). Two more phrases of Video-MME's have none of its capitals, and so no say."""
+    5.6). Video-MME removes two phrases more, which hold none of its capitals."""
     for phrase in STOCK:
         text = text.replace(phrase, "")
     found = re.search(f"[{letters}]", text)
