@@ -688,14 +688,8 @@ def _spot(item: object) -> list[int] | None:
         item = item[0]
     if not isinstance(item, (list, tuple)) or len(item) != 2:
         return None
-    values = []
-    for element in item:
-        if isinstance(element, str) and (number := MAP_ELEMENT.fullmatch(element.strip())):
-            element = float(number[1])
-        if not isinstance(element, (int, float)):
-            return None
-        values.append(_cell(element))
-    return values
+    item = [float(m[1]) if isinstance(x, str) and (m := MAP_ELEMENT.fullmatch(x.strip())) else x for x in item]
+    return [_cell(x) for x in item] if all(isinstance(x, (int, float)) for x in item) else None
 
 
 def _cell(value: float) -> int:
@@ -714,8 +708,8 @@ def _map_of_prose(text: str, names: list[str]) -> dict[str, list[list[int]]]:
         elif end > kept[-1][1]:  # overlaps the one before and reaches further
             kept[-1] = (start, end, name)
     points: dict[str, list[list[int]]] = {}
-    for (_, end, name), after in zip(kept, [*kept[1:], (len(text), 0, "")]):
-        numbers = [_cell(float(number)) for number in MAP_NUMBER.findall(text, end, after[0])]
+    for (_, end, name), until in zip(kept, [*(start for start, _, _ in kept[1:]), len(text)]):
+        numbers = [_cell(float(number)) for number in MAP_NUMBER.findall(text, end, until)]
         pairs = [list(pair) for pair in zip(numbers[::2], numbers[1::2])]
         if pairs:
             points.setdefault(name, []).extend(pairs)
