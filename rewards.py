@@ -38,6 +38,7 @@ import math
 import operator
 import re
 import string
+import warnings
 from collections import Counter
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -664,7 +665,8 @@ def parse_map(text: str, names: list[str]) -> dict[str, list[list[int]]]:
     found = None
     if text.startswith("{") and text.endswith("}"):
         try:
-            found = ast.literal_eval(text)
+            with warnings.catch_warnings(action="ignore"):  # Python's remarks on the syntax of `{1in}`
+                found = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal: read as prose
             pass
     if not isinstance(found, dict):
