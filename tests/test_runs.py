@@ -483,13 +483,6 @@ def test_progress_is_a_bar_on_a_terminal():
     assert "4/4" in last and "reward 0.750" in last
 
 
-def test_memory_line_has_the_phase_and_plausible_gib():
-    line = runs.memory_line("update")
-    assert line.startswith("memory (GiB) update: ")
-    if Path("/proc/self/statm").exists():
-        assert 0.05 < float(line.split("CPU ")[1].split()[0]) < 100
-
-
 def test_plot_shows_reward_parts_and_validation(tmp_path):
     assert runs.plot_reward(tmp_path) is None and not list(tmp_path.iterdir())
     for step in range(30):

@@ -243,6 +243,10 @@ def test_a_megabyte_takes_no_time(text, problem_type):
     assert time.perf_counter() - start < 10  # quadratic time would be minutes
 
 
+def test_a_map_of_odd_syntax_is_read_in_silence(recwarn):
+    assert R.parse_map("{'bed': 1and [5, 5]}", ["bed"]) == {"bed": [[1, 5]]} and not recwarn.list
+
+
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="unknown reward mode 'fixed'"):
         R.spacer_reward("", "", "OCR", mode="fixed")
