@@ -603,13 +603,11 @@ def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank
     kind = choose_rollout(cfg.rollout, policy.device)
     if kind == "hf":
         return own_rollout(cfg, policy, processor)
-    if any(row.get("video") for row in rows):
-        raise ValueError("rows with clips: the engine is not given any yet, take --rollout hf")
     rollout = VLLMRollout(
         policy.config, processor, banned=policy.banned, max_prompt_tokens=cfg.max_prompt_tokens,
         max_tokens=cfg.max_completion_tokens, memory=cfg.engine_memory, max_sequences=cfg.rollout_sequences,
         sleep_level=cfg.sleep_level, seed=cfg.seed * 1_009 + rank, eager=cfg.engine_eager,
-        max_images=max(1, *(len(row["images"]) for row in rows)),
+        max_images=max(1, *(len(row["images"]) for row in rows)), max_clips=int(any(row.get("video") for row in rows)),
         dtype=str(policy.dtype).removeprefix("torch."),
     )  # fmt: skip
     rollout.sleep()
