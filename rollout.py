@@ -18,6 +18,7 @@ import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -117,18 +118,21 @@ class HFRollout:
         return {}
 
     @torch.no_grad()
-    def generate(self, prompts: list, *, n: int, max_tokens: int, temperature: float, seed: int,
+    def generate(self, prompts: list, *, n: int | list[int], max_tokens: int, temperature: float, seed: int,
                  top_p: float = 1.0) -> list[list[Completion]]:  # fmt: skip
-        """n completions a prompt; temperature 0 is greedy, with log-probs at temperature 1. One seed, one result.
+        """n completions a prompt, or n[i] of prompt i; temperature 0 is greedy, with log-probs at temperature 1. One seed,
+        one result.
 
         top_p below 1 draws from the likeliest tokens that hold so much probability together, and log-probs are of these
         alone: each is above the trainer's, by at most -log(top_p)."""
         self.policy.model.eval()  # in training mode with checkpointing transformers drops the cache
         generator = torch.Generator(self.policy.device).manual_seed(seed)
-        at_once = max(1, self.max_sequences // n)
+        counts = each(n, prompts)
+        at_once = max(1, self.max_sequences // max(counts, default=1))
         groups = []
         for i in range(0, len(prompts), at_once):
-            groups += self._generate(prompts[i : i + at_once], n, max_tokens, temperature, top_p, generator)
+            part = slice(i, i + at_once)
+            groups += self._generate(prompts[part], counts[part], max_tokens, temperature, top_p, generator)
         return groups
 
     def _prefill(self, prompts: list, max_tokens: int) -> tuple[Tensor, KVCache, Tensor, Tensor]:
@@ -160,10 +164,10 @@ class HFRollout:
         following = positions.amax(dim=(0, 2)) + 1  # (B,)
         return logits, cache, real.to(device), following.to(device)
 
-    def _generate(self, prompts, n, max_tokens, temperature, top_p, generator) -> list[list[Completion]]:
-        device, total = self.policy.device, len(prompts) * n
+    def _generate(self, prompts, counts, max_tokens, temperature, top_p, generator) -> list[list[Completion]]:
+        device, total = self.policy.device, sum(counts)
         logits, cache, real, following = self._prefill(prompts, max_tokens)
-        owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # completion -> prompt
+        owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(device)  # completion -> prompt
         cache.select(owner)
         logits, real, position = logits[owner], real[owner], following[owner]
         stop = torch.tensor(self.stop, device=device)
@@ -190,16 +194,23 @@ class HFRollout:
             logits = self.policy.next_logits(embeds, positions, real[:, None, None, :], cache)
             cache.used += 1
             position = position + 1
-        return self._completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), n)
+        return self._completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), counts)
 
-    def _completions(self, tokens, logprobs, lengths, finished, n) -> list[list[Completion]]:
+    def _completions(self, tokens, logprobs, lengths, finished, counts) -> list[list[Completion]]:
         ids = [row[:length] for row, length in zip(tokens, lengths)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        flat = [
+        flat = (
             Completion(row, logprob[: len(row)], text, done)
             for row, logprob, text, done in zip(ids, logprobs, texts, finished)
-        ]
-        return [flat[i : i + n] for i in range(0, len(flat), n)]
+        )
+        return [list(islice(flat, count)) for count in counts]
+
+
+def each(n: int | list[int], prompts: list) -> list[int]:
+    """How many completions each prompt gets."""
+    counts = [n] * len(prompts) if isinstance(n, int) else n
+    assert len(counts) == len(prompts), f"{len(counts)} numbers of completions for {len(prompts)} prompts"
+    return counts
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -383,23 +394,24 @@ class VLLMRollout:
                 if self.resident is None:  # the first sleep comes before anything of the trainer's is allocated
                     self.resident = gpu_used() - self.before
 
-    def generate(self, prompts: list, *, n: int, max_tokens: int, temperature: float, seed: int,
+    def generate(self, prompts: list, *, n: int | list[int], max_tokens: int, temperature: float, seed: int,
                  top_p: float = 1.0) -> list[list[Completion]]:  # fmt: skip
-        """n completions a prompt, from one prefill each, as HFRollout's. Raises ValueError if a prompt is too long for this
+        """As HFRollout's, from one prefill a prompt. Raises ValueError if a prompt is too long for this
         engine, or if the engine sees other prompt ids than the trainer; EngineDied if it breaks."""
         assert not self.asleep, "generate() before wake()"
         for prompt in prompts:  # vLLM would cut the completion short
             if len(prompt.expanded) + max_tokens > self.length:
                 raise ValueError(f"row {prompt.row.get('id')}: {len(prompt.expanded)} prompt tokens and {max_tokens} new ones, the "
                                  f"engine was started for {self.length} together: raise --max-prompt-tokens, or drop the row")  # fmt: skip
-        copies = n if temperature == 0 else 1  # greedily vLLM refuses n > 1: n times the one answer
+        counts = each(n, prompts)
+        copies = counts if temperature == 0 else [1] * len(counts)  # greedily vLLM refuses n > 1: n times the one answer
         inputs = [engine_input(prompt) for prompt in prompts]
         params = [
             self.vllm.SamplingParams(
-                n=n // copies, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0, logprobs=0,
+                n=count // copied, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0, logprobs=0,
                 seed=prompt_seed(seed, i), flat_logprobs=True, detokenize=False, ignore_eos=True, stop_token_ids=self.stop,
             )
-            for i in range(len(prompts))
+            for i, (count, copied) in enumerate(zip(counts, copies, strict=True))
         ]  # fmt: skip
         with self._watch("generate"), torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
@@ -407,7 +419,8 @@ class VLLMRollout:
             if output.prompt_token_ids != prompt.expanded:
                 raise ValueError(f"row {prompt.row.get('id')}: the engine expands this prompt to {len(output.prompt_token_ids)} "
                                  f"tokens, the trainer to {len(prompt.expanded)}: is its picture or clip resized alike on both sides?")  # fmt: skip
-        return [[self._completion(c) for c in output.outputs for _ in range(copies)] for output in outputs]
+        return [[self._completion(c) for c in output.outputs for _ in range(copied)]
+                for output, copied in zip(outputs, copies, strict=True)]  # fmt: skip
 
     def _completion(self, output) -> Completion:
         ids, flat = list(output.token_ids), output.logprobs  # logprobs=0: one entry a token, the sampled one
