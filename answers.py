@@ -46,8 +46,9 @@ def controlled(row: dict, control: str, donor: dict | None, frames: int = 32) ->
         return {**row, "images": []}
     if not donor:
         return f"row {row['id']}: no other row of its kind has another picture to swap with"
-    # without meta: encode compares the frame noted there with the picture shown, which here is another row's
-    return {**row, "images": donor["images"], "meta": {}}
+    # without its frame: encode compares the one noted there with the picture shown, which here is another row's
+    meta = {key: value for key, value in row["meta"].items() if key != "resized_frame"}
+    return {**row, "images": donor["images"], "meta": meta}
 
 
 def swapped_pictures(rows: list[dict], seed: int) -> dict[str, dict | None]:

@@ -581,9 +581,10 @@ def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[di
 def transcripts(rows, groups, parts, advantages, limit: int = 4) -> list[dict]:
     """Whole samples of the first groups, for samples.jsonl."""
     G = advantages.shape[1]
+    clips = [{"video": row["video"]} if isinstance(row.get("video"), str) else {} for row in rows]
     return [
-        {"id": rows[b]["id"], "images": rows[b]["images"], "question": rows[b]["question"], "gold": rows[b]["gold"], "text": c.text,
-         "finished": c.finished, "advantage": round(float(advantages[b, g]), 4), "reward": parts[b * G + g]}
+        {"id": rows[b]["id"], "images": rows[b]["images"], **clips[b], "question": rows[b]["question"], "gold": rows[b]["gold"],
+         "text": c.text, "finished": c.finished, "advantage": round(float(advantages[b, g]), 4), "reward": parts[b * G + g]}
         for b in range(min(limit, len(groups))) for g, c in enumerate(groups[b])
     ]  # fmt: skip
 
@@ -792,7 +793,8 @@ def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: flo
     where = f"the last good checkpoint is {newest[1]}" if newest else "no checkpoint was saved yet"
     if skipped > cfg.max_skipped:
         raise RuntimeError(f"step {step}: {int(skipped)} optimiser steps in a row had a non-finite gradient; {where}")
-    if not metrics.get("rollout/logprob_gap", 0.0) <= cfg.max_gap:  # a nan is no agreement
+    allowed = cfg.max_gap - math.log(cfg.top_p)  # a tail cut off raises every log-prob of the engine, by so much at most
+    if not metrics.get("rollout/logprob_gap", 0.0) <= allowed:  # a nan is no agreement
         raise RuntimeError(f"step {step}: engine and trainer log-probs differ by {metrics['rollout/logprob_gap']:.3f} on "
                            f"average, more than --max-gap {cfg.max_gap}: the engine has other weights; {where}")  # fmt: skip
 
