@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = read_lines(out / "runs" / engine / "metrics.jsonl")
         print("\n".join(f"{key:22s}" + "".join(f"{line.get(key, 0.0):11.2e}" for line in lines) for key in KEYS))
     run("evaluate.py", "--model", f"runs/{args.engines[-1]}/step_{STEPS}", "--dataset", "rows.jsonl", "--limit", args.limit,
-        "--frames", "8", "--batch", "4", "--out", "asked", "--device", "cpu", out=out)  # fmt: skip
+        "--clips", "eval", "--batch", "4", "--out", "asked", "--device", "cpu", out=out)  # fmt: skip
 
 
 def walk_rows(real: Path) -> list[dict]:
