@@ -358,7 +358,8 @@ def check_parts(pool, rows: list[dict], cfg: Config) -> None:
     """A part of the reward that is needed and not there: one line now, not after the first rollout."""
     _, [parts] = score(pool, rows[:1], [[Completion([], [], "", False)]], cfg)
     if (cfg.temporal or cfg.length_control) and not parts.keys() & {"accuracy", "error"}:
-        raise ValueError(f"--temporal and --length-control need a reward with a part accuracy; {cfg.reward} has {', '.join(parts)}")
+        raise ValueError("--temporal and --length-control need a reward with a part accuracy; "
+                         f"{cfg.reward} has {', '.join(parts)}")  # fmt: skip
 
 
 def part_weights(cfg: Config) -> dict[str, float]:
@@ -453,7 +454,7 @@ def collect(cfg: Config, policy: Policy, rollout, processor, pool, rows: list[di
 
 def sample_groups(cfg: Config, rollout, processor, prompts: list, seed: int) -> tuple[list[list], list[list]]:
     """G completions of every prompt; and of every clip, with --temporal, G/2 with its frames in random order, [] for other
-    prompts (SpaceR 2.5). One call, so that a small engine is not started into the same long decoding twice."""
+    prompts (SpaceR 2.5). In one call: two would decode one after the other."""
     clips = [i for i, prompt in enumerate(prompts) if cfg.temporal and prompt.seconds is not None]
     others = [shuffled_clip(prompts[i], processor, seed=prompt_seed(seed, i)) for i in clips]
     counts = [cfg.group_size] * len(prompts) + [cfg.group_size // 2] * len(others)
@@ -473,12 +474,12 @@ def score_groups(cfg: Config, pool, rows: list[dict], groups: list[list], others
     of_others = [[next(scored) for _ in other] for other in others]
     if not (cfg.temporal or cfg.length_control):
         return by_group, of_others
-    for group, parts, other in zip(groups, by_group, of_others, strict=True):
-        accuracies, lengths = [part.get("accuracy", 0.0) for part in parts], [len(c.token_ids) for c in group]
-        temporal = rewards.spacer_group_terms(accuracies, lengths, length_control=False,
-                                              shuffled_accuracies=[part.get("accuracy", 0.0) for part in other] or None)  # fmt: skip
+    for group, own, other in zip(groups, by_group, of_others, strict=True):
+        accuracies, shuffled = ([part.get("accuracy", 0.0) for part in some] for some in (own, other))
+        lengths = [len(c.token_ids) for c in group]
+        temporal = rewards.spacer_group_terms(accuracies, lengths, shuffled_accuracies=shuffled or None, length_control=False)
         length = rewards.spacer_group_terms(accuracies, lengths, length_control=cfg.length_control)
-        for part, *terms in zip(parts, temporal, length, strict=True):
+        for part, *terms in zip(own, temporal, length, strict=True):
             part |= {"temporal_term": terms[0], "length_term": terms[1], "total": part["total"] + sum(terms)}
     return by_group, of_others
 
