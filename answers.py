@@ -28,26 +28,29 @@ BATCH = {"hf": 16, "vllm": 4096}  # a served model has none: its answers come on
 # ---------------------------------------------------------------- controls
 
 
-def controlled(row: dict, control: str, donor: dict | None, frames: int = 32) -> dict | str:
+def controlled(row: dict, control: str, donor: dict | None, frames: int = 32, clips: str | None = None) -> dict | str:
     """The row as the model gets it, or why it cannot be asked. Its text stays as it is, the printed size too; a video
-    becomes at most `frames` pictures."""
+    becomes at most `frames` pictures, or with `clips`, a frame rule, stays what it is."""
     if problem := video_problem(row):
         return problem
     try:
-        row, donor = with_frames(row, frames), donor and control == "swapped" and with_frames(donor, frames)
+        if not clips:
+            row, donor = with_frames(row, frames), donor and control == "swapped" and with_frames(donor, frames)
     except BrokenPicture as error:
         return str(error)
     if control == "none":
         return row
-    own = sizes_or_error(row)
+    own = sizes_or_error(row, frame_rule=clips or "train")
     if isinstance(own, BrokenPicture):  # left out of the controls as well, or they would be over other rows
         return str(own)
     if control == "blind":
-        return {**row, "images": []}
+        return {**row, "images": [], "video": None}
     if not donor:
         return f"row {row['id']}: no other row of its kind has another picture to swap with"
-    # without meta: encode compares the frame noted there with the picture shown, which here is another row's
-    return {**row, "images": donor["images"], "meta": {}}
+    # without its frame: encode compares the one noted there with the picture shown, which here is another row's
+    meta = {key: value for key, value in row["meta"].items() if key != "resized_frame"}
+    shown = {key: donor[key] for key in ("images", "video", "fps", "span") if key in donor}
+    return {**row, **shown, "meta": meta}
 
 
 def swapped_pictures(rows: list[dict], seed: int) -> dict[str, dict | None]:
@@ -116,7 +119,7 @@ def open_provider(cfg: "Config", pictures: int) -> Callable:
     else:
         rollout, processor = vllm_rollout(
             cfg.model, **where, max_prompt_tokens=cfg.max_prompt_tokens, max_tokens=cfg.max_tokens,
-            max_sequences=min(cfg.batch or 256, 256), max_images=pictures,
+            max_sequences=min(cfg.batch or 256, 256), max_images=pictures, max_clips=int(bool(cfg.clips)),
         )  # fmt: skip
     return partial(answer_batch, rollout, processor)
 
@@ -126,7 +129,8 @@ def answer_batch(rollout, processor, cfg: "Config", rows: list[dict], seed: int,
     prompts, skipped = {}, []
     for n, row in enumerate(rows):
         try:
-            prompt = encode(row, processor, style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
+            prompt = encode(row, processor, style=cfg.style, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels,
+                            frame_rule=cfg.clips or "eval", max_frames=cfg.frames)  # fmt: skip
         except BrokenPicture as error:
             skipped.append((n, 0, {"skipped": str(error)}))
             continue

@@ -39,6 +39,7 @@ from data.dataset import load_rows
 from data.pictures import FACTOR, MAX_PIXELS, MIN_PIXELS, decode_picture, draw_boxes
 from data.prompts import PROMPTS, build_prompt, read_template
 from data.rows import to_resized_frame, to_row
+from data.video import RULES
 from rewards import MODES, extract_answer, extract_choice, extract_scene, is_valid_object
 from transcripts import FILE, begin, check_settings, judge, locked, read_transcripts, report, rescore, weights_hash
 
@@ -57,6 +58,9 @@ class Config:
     batch: Annotated[int | None, arg(aliases=["--batch-size"])] = None  # rows a call; a kill loses these; hf 16, vllm 4096
     k: int = 1  # answers a row; above 1: mean, pass@k and majority, with a --temperature
     frames: int = 32  # of a video, at most
+    # hf, vllm: a video is one clip with its times, as train_grpo.py shows it, its frames by the rule eval or eval-published
+    # (width and height exchanged, as all of SpaceR's numbers were made); left out: pictures in order
+    clips: str | None = None
 
     base_url: str | None = None  # of a served model, say http://localhost:8000/v1
     parallel: int = 8  # requests to it under way at once
@@ -128,6 +132,8 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     if cfg.k > 1 and cfg.temperature == 0:
         raise ValueError(f"--k {cfg.k} greedy answers are one: give a --temperature, say 1.0")
+    if cfg.clips and (cfg.clips not in RULES[1:] or cfg.provider in SERVED):
+        raise ValueError(f"--clips {cfg.clips}: {' or '.join(RULES[1:])}, with --provider hf or vllm")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
         raise ValueError(f"--device {cfg.device}: auto, cpu, cuda or cuda:1")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
@@ -249,7 +255,7 @@ def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, rec
         batch = rows[start : start + size]
         if all(row["id"] in done for row in batch):
             continue
-        asked = [controlled(row, cfg.control, donors.get(row["id"]), cfg.frames) for row in batch]
+        asked = [controlled(row, cfg.control, donors.get(row["id"]), cfg.frames, cfg.clips) for row in batch]
         refused = [(n, 0, {"skipped": why}) for n, why in enumerate(asked) if isinstance(why, str)]
         places = [n for n, row in enumerate(asked) if isinstance(row, dict)]
         for bundle in answer([asked[n] for n in places], cfg.seed * 1_000_003 + start, have):

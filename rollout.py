@@ -18,12 +18,14 @@ import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.dataset import engine_clip
 from model import FAMILIES, Policy, banned_ids, compute_dtype, load_model, mrope_positions, shown_ids, stop_ids, weights
 
 COMPACT = 0.75  # drop finished rows from the batch once so few are live: each drop copies the cache
@@ -47,7 +49,7 @@ def hf_rollout(source: str, *, processor: str | None = None, dtype: str = "auto"
 
 
 def vllm_rollout(source: str, *, processor: str | None = None, dtype: str = "auto", device: str = "auto",
-                 max_prompt_tokens: int, max_tokens: int, max_sequences: int, max_images: int):  # fmt: skip
+                 max_prompt_tokens: int, max_tokens: int, max_sequences: int, max_images: int, max_clips: int = 0):  # fmt: skip
     """The same with vLLM, awake, and alone on its GPU: (VLLMRollout, processor). Weights come through host memory.
 
     Raises ValueError, one line, when vLLM is not there or `device` is not what it runs on."""
@@ -61,7 +63,7 @@ def vllm_rollout(source: str, *, processor: str | None = None, dtype: str = "aut
     rollout = VLLMRollout(
         policy.config, proc, banned=policy.banned, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens,
         dtype=str(engine_dtype).removeprefix("torch."), memory=0.9, max_sequences=max_sequences, max_images=max_images,
-        mm_processor_cache_gb=2,  # benchmarks ask several questions about one picture
+        max_clips=max_clips, mm_processor_cache_gb=2,  # benchmarks ask several questions about one picture
     )  # fmt: skip
     rollout.wake(weights(policy, dtype=None))
     return rollout, proc
@@ -116,14 +118,21 @@ class HFRollout:
         return {}
 
     @torch.no_grad()
-    def generate(self, prompts: list, *, n: int, max_tokens: int, temperature: float, seed: int) -> list[list[Completion]]:
-        """n completions a prompt; temperature 0 is greedy, with log-probs at temperature 1. One seed, one result."""
+    def generate(self, prompts: list, *, n: int | list[int], max_tokens: int, temperature: float, seed: int,
+                 top_p: float = 1.0) -> list[list[Completion]]:  # fmt: skip
+        """n completions a prompt, or n[i] of prompt i; temperature 0 is greedy, with log-probs at temperature 1. One seed,
+        one result.
+
+        top_p below 1 draws from the likeliest tokens that hold so much probability together, and log-probs are of these
+        alone: each is above the trainer's, by at most -log(top_p)."""
         self.policy.model.eval()  # in training mode with checkpointing transformers drops the cache
         generator = torch.Generator(self.policy.device).manual_seed(seed)
-        at_once = max(1, self.max_sequences // n)
+        counts = each(n, prompts)
+        at_once = max(1, self.max_sequences // max(counts, default=1))
         groups = []
         for i in range(0, len(prompts), at_once):
-            groups += self._generate(prompts[i : i + at_once], n, max_tokens, temperature, generator)
+            part = slice(i, i + at_once)
+            groups += self._generate(prompts[part], counts[part], max_tokens, temperature, top_p, generator)
         return groups
 
     def _prefill(self, prompts: list, max_tokens: int) -> tuple[Tensor, KVCache, Tensor, Tensor]:
@@ -155,10 +164,10 @@ class HFRollout:
         following = positions.amax(dim=(0, 2)) + 1  # (B,)
         return logits, cache, real.to(device), following.to(device)
 
-    def _generate(self, prompts, n, max_tokens, temperature, generator) -> list[list[Completion]]:
-        device, total = self.policy.device, len(prompts) * n
+    def _generate(self, prompts, counts, max_tokens, temperature, top_p, generator) -> list[list[Completion]]:
+        device, total = self.policy.device, sum(counts)
         logits, cache, real, following = self._prefill(prompts, max_tokens)
-        owner = torch.arange(len(prompts), device=device).repeat_interleave(n)  # completion -> prompt
+        owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(device)  # completion -> prompt
         cache.select(owner)
         logits, real, position = logits[owner], real[owner], following[owner]
         stop = torch.tensor(self.stop, device=device)
@@ -169,7 +178,7 @@ class HFRollout:
         row = torch.arange(total, device=device)  # which completion each row of the batch is
         live = torch.ones(total, dtype=torch.bool, device=device)  # which rows still write
         for t in range(max_tokens):
-            token, logprob = sample(logits, temperature, generator)
+            token, logprob = sample(logits, temperature, generator, top_p)
             tokens[row[live], t], logprobs[row[live], t] = token[live], logprob[live]
             done = live & torch.isin(token, stop)
             lengths[row[done]], finished[row[done]] = t + 1, True
@@ -185,26 +194,43 @@ class HFRollout:
             logits = self.policy.next_logits(embeds, positions, real[:, None, None, :], cache)
             cache.used += 1
             position = position + 1
-        return self._completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), n)
+        return self._completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), counts)
 
-    def _completions(self, tokens, logprobs, lengths, finished, n) -> list[list[Completion]]:
+    def _completions(self, tokens, logprobs, lengths, finished, counts) -> list[list[Completion]]:
         ids = [row[:length] for row, length in zip(tokens, lengths)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        flat = [
+        flat = (
             Completion(row, logprob[: len(row)], text, done)
             for row, logprob, text, done in zip(ids, logprobs, texts, finished)
-        ]
-        return [flat[i : i + n] for i in range(0, len(flat), n)]
+        )
+        return [list(islice(flat, count)) for count in counts]
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def each(n: int | list[int], prompts: list) -> list[int]:
+    """How many completions each prompt gets."""
+    counts = [n] * len(prompts) if isinstance(n, int) else n
+    assert len(counts) == len(prompts), f"{len(counts)} numbers of completions for {len(prompts)} prompts"
+    return counts
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """logits (B, V) fp32, banned ids at -inf -> token (B,), its log-prob (B,) under the sampled distribution."""
     logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
+    if top_p < 1 and temperature > 0:
+        logp = torch.log_softmax(logp.masked_fill(unlikely(logp, top_p), float("-inf")), dim=-1)
     if temperature == 0:
         token = logp.argmax(-1)
     else:
         token = torch.multinomial(logp.exp(), 1, generator=generator).squeeze(-1)
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
+
+
+def unlikely(logp: Tensor, top_p: float) -> Tensor:
+    """(B, V), True for the tail that top_p cuts off: tokens that hold 1 - top_p or less together with all less likely ones."""
+    rising, order = logp.sort(dim=-1)
+    tail = rising.exp().cumsum(-1) <= 1 - top_p
+    tail[:, -1] = False  # the likeliest always stays
+    return torch.zeros_like(tail).scatter(-1, order, tail)
 
 
 # ---------------------------------------------------------------- vLLM
@@ -250,6 +276,12 @@ def prompt_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 2  # 62 bits: an int64 with room for + i
 
 
+def engine_input(prompt) -> dict:
+    """What vLLM is asked: unexpanded ids, and pictures, a clip or nothing."""
+    media = engine_clip(prompt) if prompt.seconds is not None else {"multi_modal_data": {"image": prompt.images}}
+    return {"prompt_token_ids": prompt.ids, **(media if prompt.images else {})}
+
+
 def gpu_used() -> float:
     """GiB in use on this GPU, by whomever."""
     free, total = torch.cuda.mem_get_info()
@@ -280,15 +312,15 @@ class VLLMRollout:
     """
 
     def __init__(self, config, processor, *, banned: Tensor, max_prompt_tokens: int, max_tokens: int, dtype: str = "bfloat16",
-                 memory: float = 0.5, max_sequences: int = 256, max_images: int = 1, sleep_level: int = 2, seed: int = 0,
-                 eager: bool = False, **engine):  # fmt: skip
+                 memory: float = 0.5, max_sequences: int = 256, max_images: int = 1, max_clips: int = 0,
+                 sleep_level: int = 2, seed: int = 0, eager: bool = False, **engine):  # fmt: skip
         self.kind, self.level, self.asleep, self.synced, self.dead = vllm_kind(), sleep_level, False, False, None
         self.tokenizer, self.stop = processor.tokenizer, list(stop_ids(processor))
         folder = engine_folder(config, processor)
         self.length = length = max_prompt_tokens + max_tokens
         options = dict(
             model=str(folder), load_format="dummy", dtype=dtype, seed=seed, max_model_len=length,
-            max_num_seqs=max_sequences, limit_mm_per_prompt={"image": max_images, "video": 0}, mm_processor_cache_gb=0,
+            max_num_seqs=max_sequences, limit_mm_per_prompt={"image": max_images, "video": max_clips}, mm_processor_cache_gb=0,
             logprobs_mode="processed_logprobs", hf_overrides={"head_dtype": "float32"}, generation_config="vllm",
             enable_prefix_caching=True, disable_log_stats=True,
         )  # fmt: skip
@@ -362,31 +394,33 @@ class VLLMRollout:
                 if self.resident is None:  # the first sleep comes before anything of the trainer's is allocated
                     self.resident = gpu_used() - self.before
 
-    def generate(self, prompts: list, *, n: int, max_tokens: int, temperature: float, seed: int) -> list[list[Completion]]:
-        """n completions a prompt, from one prefill each. Raises ValueError if a prompt is too long for this engine, or if
-        the engine sees other prompt ids than the trainer; EngineDied if it breaks."""
+    def generate(self, prompts: list, *, n: int | list[int], max_tokens: int, temperature: float, seed: int,
+                 top_p: float = 1.0) -> list[list[Completion]]:  # fmt: skip
+        """As HFRollout's, from one prefill a prompt. Raises ValueError if a prompt is too long for this
+        engine, or if the engine sees other prompt ids than the trainer; EngineDied if it breaks."""
         assert not self.asleep, "generate() before wake()"
         for prompt in prompts:  # vLLM would cut the completion short
             if len(prompt.expanded) + max_tokens > self.length:
                 raise ValueError(f"row {prompt.row.get('id')}: {len(prompt.expanded)} prompt tokens and {max_tokens} new ones, the "
                                  f"engine was started for {self.length} together: raise --max-prompt-tokens, or drop the row")  # fmt: skip
-        copies = n if temperature == 0 else 1  # greedily vLLM refuses n > 1: n times the one answer
-        inputs = [{"prompt_token_ids": p.ids, **({"multi_modal_data": {"image": p.images}} if p.images else {})}
-                  for p in prompts]  # fmt: skip
+        counts = each(n, prompts)
+        copies = counts if temperature == 0 else [1] * len(counts)  # greedily vLLM refuses n > 1: n times the one answer
+        inputs = [engine_input(prompt) for prompt in prompts]
         params = [
             self.vllm.SamplingParams(
-                n=n // copies, max_tokens=max_tokens, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, logprobs=0,
+                n=count // copied, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0, logprobs=0,
                 seed=prompt_seed(seed, i), flat_logprobs=True, detokenize=False, ignore_eos=True, stop_token_ids=self.stop,
             )
-            for i in range(len(prompts))
+            for i, (count, copied) in enumerate(zip(counts, copies, strict=True))
         ]  # fmt: skip
         with self._watch("generate"), torch.random.fork_rng(devices=[]):  # the CPU sampler draws from the global generator
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             if output.prompt_token_ids != prompt.expanded:
                 raise ValueError(f"row {prompt.row.get('id')}: the engine expands this prompt to {len(output.prompt_token_ids)} "
-                                 f"tokens, the trainer to {len(prompt.expanded)}: is its picture resized alike on both sides?")  # fmt: skip
-        return [[self._completion(c) for c in output.outputs for _ in range(copies)] for output in outputs]
+                                 f"tokens, the trainer to {len(prompt.expanded)}: is its picture or clip resized alike on both sides?")  # fmt: skip
+        return [[self._completion(c) for c in output.outputs for _ in range(copied)]
+                for output, copied in zip(outputs, copies, strict=True)]  # fmt: skip
 
     def _completion(self, output) -> Completion:
         ids, flat = list(output.token_ids), output.logprobs  # logprobs=0: one entry a token, the sampled one

@@ -35,14 +35,14 @@ import ranks
 import rewards
 import scoring
 import speed
-from data.dataset import encode, encode_rows, load_rows
+from data.dataset import encode, encode_rows, load_rows, shuffled_clip
 from kernels.policy_loss import KL_ESTIMATORS, LOSSES
 from metrics import Clock, LossStats, reward_metrics
 from model import (
     Packed, Policy, frozen_copy, group_tokens, load_policy, pack, pack_groups, save_hf, shard_policy, weights,
 )  # fmt: skip
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
-from rollout import Completion, HFRollout, VLLMRollout, choose_rollout
+from rollout import Completion, HFRollout, VLLMRollout, choose_rollout, prompt_seed
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Config:
     prompts_per_step: int = 512  # over all ranks
     group_size: int = 8  # completions a prompt
     temperature: float = 1.0  # of the samples, and of the log-probs trained on
+    top_p: float = 1.0  # below 1 the tail of each token's distribution is not sampled; then importance_cap must be 0
     val_temperature: float = 0.0  # 0 is greedy
     rollout: str = "auto"  # auto (vllm where it and a GPU are there), hf, vllm
     rollout_sequences: int = 256  # completions decoded side by side
@@ -94,10 +95,15 @@ class Config:
     # of `overlong`, DAPO's penalty over the last --overlong-buffer tokens; None: the reward's own total
     part_weights: str | None = None
     overlong_buffer: int = 512  # tokens before the limit over which `overlong` falls to -1
+    # SpaceR's: half as many completions of each clip with its frames in random order, which are only scored; what is right
+    # earns 0.3 more where they are no better
+    temporal: bool = False
+    length_control: bool = False  # SpaceR's: what is right earns 0.2 more for 320 to 512 tokens
 
     # advantages and loss; docs/recipes.md has Dr.GRPO, DAPO, GSPO, CISPO and RLOO as lists of flags
     baseline: str = "mean"  # of a completion's reward: mean of its group, or of the others in it (rloo)
     scale_by_std: bool = True  # advantages divided by the group's standard deviation
+    std_eps: float = 1e-6  # added to that deviation
     loss: str = "grpo"  # grpo, gspo, cispo (kernels/policy_loss.py)
     normalize: str = "token"  # token: mean over tokens; sequence: of completions' means; length: over the longest allowed
     mask_truncated: bool = False  # tokens of completions that ran into the limit do not count
@@ -155,6 +161,17 @@ BENCH = replace(
     samples_every=1000, report_speed=True,
 )  # fmt: skip
 
+# Sections 2.5 and 3 of SpaceR's notes. Nothing is clipped: with one optimiser step a rollout the ratio to the old policy is 1.
+# Pictures come to the model with at most 256 * 28 * 28 pixels there too: its larger max_pixels is applied after that.
+SPACER_DATA = "SpaceR-151k/SpaceR-151k.jsonl"
+SPACER = Config(
+    model="Qwen/Qwen2.5-VL-7B-Instruct", data=SPACER_DATA, name="spacer-7b", style="spacer_map", min_pixels=4 * 28 * 28,
+    max_pixels=256 * 28 * 28, max_prompt_tokens=16384, max_completion_tokens=1024, prompts_per_step=8, top_p=0.95,
+    importance_cap=0.0, reward="spacer", temporal=True, length_control=True, std_eps=1e-4, normalize="sequence", dual_clip=0.0,
+    kl_coef=0.04, steps=18_914, mini_batches=1, schedule="cosine", max_grad_norm=5.0, val_every=0, save_every=1000,
+    samples_every=50,
+)  # fmt: skip
+
 PRESETS = {
     "demo": (
         "The shipped model, careless about its answers, learns to trust its boxes: seven minutes on two CPU cores.",
@@ -181,6 +198,13 @@ PRESETS = {
     "vanilla-7b": (
         "The same on Qwen2.5-VL-7B (4 GPUs).", replace(SPATIALTHINKER, name="vanilla-7b", **VANILLA),
     ),
+    "spacer-7b": (
+        "SpaceR's SG-RLVR on Qwen2.5-VL-7B as published: 8 prompts x 8 and 4 on shuffled frames, one pass over SpaceR-151k "
+        "(8 GPUs; docs/video.md says how to get the data).", SPACER,
+    ),
+    "spacer-3b": (
+        "The same on Qwen2.5-VL-3B.", replace(SPACER, model="Qwen/Qwen2.5-VL-3B-Instruct", name="spacer-3b"),
+    ),
     "bench-3b": ("Speed of the 3B recipe on this box, random weights, no files needed: 16 prompts x 8 x 512 tokens.", BENCH),
     "bench-7b": ("The same in the shape of the 7B.", replace(BENCH, model="random:7b", name="bench-7b")),
 }  # fmt: skip
@@ -193,8 +217,8 @@ KERNELS = ("auto", "reference")
 # ---------------------------------------------------------------- the algorithm
 
 
-def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, baseline: str = "mean") -> Tensor:
-    """rewards (B, G) -> advantages (B, G): above or below the group's mean, in standard deviations (spec 4.2).
+def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, baseline: str = "mean", eps: float = 1e-6) -> Tensor:
+    """rewards (B, G) -> advantages (B, G): above or below the group's mean, in standard deviations + eps (spec 4.2).
 
     baseline rloo: above or below the mean of the other completions, which is G / (G - 1) times as far. A group
     of equal rewards gets exactly 0 (in float32 the mean of eight 0.1s is not 0.1). G must be at least 2."""
@@ -204,7 +228,7 @@ def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, baseline: st
     if baseline == "rloo":
         centred = centred * rewards.shape[1] / (rewards.shape[1] - 1)
     if scale_by_std:
-        centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+        centred = centred / (rewards.std(dim=1, keepdim=True) + eps)
     flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     return centred.masked_fill(flat, 0.0)
 
@@ -330,6 +354,14 @@ def score(pool, rows: list[dict], groups: list[list], cfg: Config) -> tuple[Tens
     return torch.tensor([p["total"] for p in parts]).view(len(groups), -1), parts
 
 
+def check_parts(pool, rows: list[dict], cfg: Config) -> None:
+    """A part of the reward that is needed and not there: one line now, not after the first rollout."""
+    _, [parts] = score(pool, rows[:1], [[Completion([], [], "", False)]], cfg)
+    if (cfg.temporal or cfg.length_control) and not parts.keys() & {"accuracy", "error"}:
+        raise ValueError("--temporal and --length-control need a reward with a part accuracy; "
+                         f"{cfg.reward} has {', '.join(parts)}")  # fmt: skip
+
+
 def part_weights(cfg: Config) -> dict[str, float]:
     """"accuracy=0.5,format=0.1" -> {"accuracy": 0.5, "format": 0.1}; empty for None. Raises ValueError, one line."""
     weights = {}
@@ -383,7 +415,7 @@ def collect(cfg: Config, policy: Policy, rollout, processor, pool, rows: list[di
 
     Dynamic sampling draws on in the one global order, in rounds that all ranks end together, until prompts_per_step groups
     have unequal rewards; of surplus ones the last go, and the cursor moves past everything drawn."""
-    drawn, prompts, sampled, live, metrics = [], {}, {}, [], {}  # rows in global order; by number; numbers
+    drawn, prompts, sampled, shuffled, live, metrics = [], {}, {}, {}, [], {}  # rows in global order; by number; numbers
     for round in range(cfg.max_rounds if cfg.dynamic_sampling else 1):
         first, count = len(drawn), draw_next(len(live), len(drawn), cfg.prompts_per_step, world)
         drawn += take(rows, cursor + first, count, cfg.seed)
@@ -393,28 +425,63 @@ def collect(cfg: Config, policy: Policy, rollout, processor, pool, rows: list[di
         if round == 0:
             rollout.wake(weights(policy, dtype=None, trained=rollout.keeps_frozen))
             clock.lap("sync")
-        groups = rollout.generate(encoded, n=cfg.group_size, max_tokens=cfg.max_completion_tokens,
-                                  temperature=cfg.temperature, seed=sampling_seed(cfg, step, rank, round))  # fmt: skip
+        groups, others = sample_groups(cfg, rollout, processor, encoded, sampling_seed(cfg, step, rank, round))
         clock.lap("generate")
         if not cfg.dynamic_sampling:
             metrics |= fall_asleep(rollout, clock)
-        totals, parts = score(pool, [drawn[i] for i in own], groups, cfg)  # (B, G)
+        by_group, of_others = score_groups(cfg, pool, [drawn[i] for i in own], groups, others)
         clock.lap("reward")
-        by_group = [parts[n : n + cfg.group_size] for n in range(0, len(parts), cfg.group_size)]
         prompts |= zip(own, encoded, strict=True)
         sampled |= zip(own, zip(groups, by_group, strict=True), strict=True)
+        shuffled |= zip(own, zip(others, of_others, strict=True), strict=True)
+        totals = torch.tensor([[part["total"] for part in parts] for parts in by_group])  # (B, G)
         unequal = (totals.amax(dim=1) > totals.amin(dim=1)).tolist()
         live = sorted(live + [i for found in ranks.gather([i for i, u in zip(own, unequal) if u]) for i in found])
         if len(live) >= cfg.prompts_per_step:
             break
     if cfg.dynamic_sampling:
         metrics |= fall_asleep(rollout, clock) | {"sampling/rounds": round + 1, "sampling/drawn": len(drawn)}
-    groups, parts = [group for group, _ in sampled.values()], [part for _, own in sampled.values() for part in own]
-    metrics |= reward_metrics("reward", parts, groups) | {"reward/flat_groups": 1 - len(live) / len(drawn)}
-    metrics["speed/sampled_tokens"] = float(sum(ranks.gather(sum(len(c.token_ids) for group in groups for c in group))))
+    tokens = 0
+    for prefix, found in (("reward", sampled), ("shuffled", shuffled)):
+        groups, parts = [group for group, _ in found.values()], [part for _, own in found.values() for part in own]
+        metrics |= reward_metrics(prefix, parts, groups)
+        tokens += sum(len(c.token_ids) for group in groups for c in group)
+    metrics |= {"reward/flat_groups": 1 - len(live) / len(drawn), "speed/sampled_tokens": float(sum(ranks.gather(tokens)))}
     share = deal(cfg, drawn, prompts, sampled, live, processor, world)
     clock.lap("balance")
     return share, cursor + len(drawn), metrics
+
+
+def sample_groups(cfg: Config, rollout, processor, prompts: list, seed: int) -> tuple[list[list], list[list]]:
+    """G completions of every prompt; and of every clip, with --temporal, G/2 with its frames in random order, [] for other
+    prompts (SpaceR 2.5). In one call: two would decode one after the other."""
+    clips = [i for i, prompt in enumerate(prompts) if cfg.temporal and prompt.seconds is not None]
+    others = [shuffled_clip(prompts[i], processor, seed=prompt_seed(seed, i)) for i in clips]
+    counts = [cfg.group_size] * len(prompts) + [cfg.group_size // 2] * len(others)
+    found = rollout.generate(prompts + others, n=counts if others else cfg.group_size, seed=seed, top_p=cfg.top_p,
+                             max_tokens=cfg.max_completion_tokens, temperature=cfg.temperature)  # fmt: skip
+    of_clip = dict(zip(clips, found[len(prompts) :], strict=True))
+    return found[: len(prompts)], [of_clip.get(i, []) for i in range(len(prompts))]
+
+
+def score_groups(cfg: Config, pool, rows: list[dict], groups: list[list], others: list[list]) -> tuple[list, list]:
+    """The reward's parts of every group, and of the completions on shuffled frames, whose only use is SpaceR's term: both
+    terms of a group (2.5) are added to `total`, and kept as parts `temporal_term` and `length_term`."""
+    _, parts = score(pool, rows, groups, cfg)
+    by_group = [parts[i : i + cfg.group_size] for i in range(0, len(parts), cfg.group_size)]
+    answers = [(row, c.text) for row, other in zip(rows, others, strict=True) for c in other]
+    scored = iter(pool.score([text for _, text in answers], [row for row, _ in answers]))
+    of_others = [[next(scored) for _ in other] for other in others]
+    if not (cfg.temporal or cfg.length_control):
+        return by_group, of_others
+    for group, own, other in zip(groups, by_group, of_others, strict=True):
+        accuracies, shuffled = ([part.get("accuracy", 0.0) for part in some] for some in (own, other))
+        lengths = [len(c.token_ids) for c in group]
+        temporal = rewards.spacer_group_terms(accuracies, lengths, shuffled_accuracies=shuffled or None, length_control=False)
+        length = rewards.spacer_group_terms(accuracies, lengths, length_control=cfg.length_control)
+        for part, *terms in zip(own, temporal, length, strict=True):
+            part |= {"temporal_term": terms[0], "length_term": terms[1], "total": part["total"] + sum(terms)}
+    return by_group, of_others
 
 
 def draw_next(live: int, drawn: int, wanted: int, world: int) -> int:
@@ -466,12 +533,27 @@ def check_config(cfg: Config, world: int) -> None:
         raise ValueError("--group-size: a group needs at least 2 completions")
     if cfg.dynamic_sampling and cfg.max_rounds < 1:
         raise ValueError(f"--max-rounds {cfg.max_rounds}: dynamic sampling needs at least one round")
+    if not 0 < cfg.top_p <= 1:
+        raise ValueError(f"--top-p {cfg.top_p}: above 0, and 1 to cut nothing")
+    if cfg.top_p < 1 and cfg.importance_cap > 0:
+        raise ValueError(f"--top-p {cfg.top_p}: the rollout's log-probs are of a cut distribution then, and the importance weight "
+                         "would mean nothing: add --importance-cap 0")  # fmt: skip
     if cfg.temperature <= 0:
         raise ValueError("--temperature: training samples, so it must be above 0")
     part_weights(cfg)
+    check_data(cfg.data, cfg.val_data)
     runs.check_tracker(cfg.tracker)
     check_choices(cfg, normalize=NORMALIZERS, kl=KL_ESTIMATORS, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS,
                   loss=LOSSES, baseline=BASELINES, shard=memory.SHARDS, reference=memory.REFERENCES)  # fmt: skip
+
+
+def check_data(*sources: str | None) -> None:
+    """A file that is not there, in one line, before a model is fetched and loaded for nothing."""
+    for source in filter(None, sources):
+        name = source.partition("@")[0]
+        if Path(name).suffix in (".jsonl", ".parquet") and not (Path(name).expanduser().exists() or Path(source).exists()):
+            cure = "docs/video.md says how to get it, or give --data" if source == SPACER_DATA else "check the path"
+            raise FileNotFoundError(f"{source}: no such file: {cure}")
 
 
 def check_choices(cfg, **known: tuple[str, ...]) -> None:
@@ -502,9 +584,10 @@ def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[di
 def transcripts(rows, groups, parts, advantages, limit: int = 4) -> list[dict]:
     """Whole samples of the first groups, for samples.jsonl."""
     G = advantages.shape[1]
+    clips = [{"video": row["video"]} if isinstance(row.get("video"), str) else {} for row in rows]
     return [
-        {"id": rows[b]["id"], "images": rows[b]["images"], "question": rows[b]["question"], "gold": rows[b]["gold"], "text": c.text,
-         "finished": c.finished, "advantage": round(float(advantages[b, g]), 4), "reward": parts[b * G + g]}
+        {"id": rows[b]["id"], "images": rows[b]["images"], **clips[b], "question": rows[b]["question"], "gold": rows[b]["gold"],
+         "text": c.text, "finished": c.finished, "advantage": round(float(advantages[b, g]), 4), "reward": parts[b * G + g]}
         for b in range(min(limit, len(groups))) for g, c in enumerate(groups[b])
     ]  # fmt: skip
 
@@ -565,14 +648,15 @@ def main(cfg: Config) -> None:
             cfg = replace(cfg, shard=shard, reference=reference)
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
-            if cfg.part_weights:  # a part that is not there: now, not after the first rollout
-                score(pool, rows[:1], [[Completion([], [], "", False)]], cfg)
+            if cfg.part_weights or cfg.temporal or cfg.length_control:
+                check_parts(pool, rows, cfg)
             if cfg.dry_run:
                 prompts = [encode(row, processor, **encoding(cfg)) for row in rows[:64]]
                 return dry_run.show(cfg, policy, processor, prompts, len(rows), world) if rank == 0 else None
             rollout = start_rollout(cfg, policy, processor, rows + val_rows, rank)
             if isinstance(rollout, VLLMRollout):
-                check_engine(rollout, policy, encode(rows[0], processor, **encoding(cfg)), cfg)
+                row = next((row for row in rows if row.get("video")), rows[0])
+                check_engine(rollout, policy, encode(row, processor, **encoding(cfg)), cfg)
             run = Path("runs") / cfg.name
             if rank == 0:
                 allowed = [key for key in MAY_DIFFER if key != "steps" or cfg.schedule == "constant"]  # a schedule hangs on them
@@ -605,13 +689,11 @@ def start_rollout(cfg: Config, policy: Policy, processor, rows: list[dict], rank
     kind = choose_rollout(cfg.rollout, policy.device)
     if kind == "hf":
         return own_rollout(cfg, policy, processor)
-    if any(row.get("video") for row in rows):
-        raise ValueError("rows with clips: the engine is not given any yet, take --rollout hf")
     rollout = VLLMRollout(
         policy.config, processor, banned=policy.banned, max_prompt_tokens=cfg.max_prompt_tokens,
         max_tokens=cfg.max_completion_tokens, memory=cfg.engine_memory, max_sequences=cfg.rollout_sequences,
         sleep_level=cfg.sleep_level, seed=cfg.seed * 1_009 + rank, eager=cfg.engine_eager,
-        max_images=max(1, *(len(row["images"]) for row in rows)),
+        max_images=max(1, *(len(row["images"]) for row in rows)), max_clips=int(any(row.get("video") for row in rows)),
         dtype=str(policy.dtype).removeprefix("torch."),
     )  # fmt: skip
     rollout.sleep()
@@ -672,7 +754,7 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
             clock.lap("validate")
 
         own, cursor, sampled = collect(cfg, policy, rollout, processor, pool, rows, cursor, step, clock, rank, world)
-        advantages = group_advantages(own.rewards, scale_by_std=cfg.scale_by_std, baseline=cfg.baseline)  # (B, G)
+        advantages = group_advantages(own.rewards, scale_by_std=cfg.scale_by_std, baseline=cfg.baseline, eps=cfg.std_eps)
         metrics |= sampled
         with speed.profiled(run / "profile" if step == cfg.profile_step and rank == 0 else None):
             metrics |= train_step(policy, reference, optimizer, own.prompts, own.groups, advantages, cfg, step=step)
@@ -715,7 +797,8 @@ def check_health(cfg: Config, step: int, metrics: dict[str, float], skipped: flo
     where = f"the last good checkpoint is {newest[1]}" if newest else "no checkpoint was saved yet"
     if skipped > cfg.max_skipped:
         raise RuntimeError(f"step {step}: {int(skipped)} optimiser steps in a row had a non-finite gradient; {where}")
-    if not metrics.get("rollout/logprob_gap", 0.0) <= cfg.max_gap:  # a nan is no agreement
+    allowed = cfg.max_gap - math.log(cfg.top_p)  # a tail cut off raises every log-prob of the engine, by so much at most
+    if not metrics.get("rollout/logprob_gap", 0.0) <= allowed:  # a nan is no agreement
         raise RuntimeError(f"step {step}: engine and trainer log-probs differ by {metrics['rollout/logprob_gap']:.3f} on "
                            f"average, more than --max-gap {cfg.max_gap}: the engine has other weights; {where}")  # fmt: skip
 

@@ -37,7 +37,8 @@ from model import Packed, Policy, add_lora, load_policy, pack
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import Completion
 from train_grpo import (
-    KERNELS, check_choices, check_sizes, encoding, global_counts, own_rollout, prepare, restore, save, take, token_scale, validate,
+    KERNELS, SPACER_DATA, check_choices, check_data, check_sizes, encoding, global_counts, own_rollout, prepare, restore, save,
+    take, token_scale, validate,
 )  # fmt: skip
 
 
@@ -54,7 +55,9 @@ class Config:
     seed: int = 1  # of everything drawn: rows, random weights
 
     # what is taught
-    response: str = "full"  # full: the four-tag text with its scene graph; answer: the bare answer (the papers' baseline)
+    # full: the four-tag text with its scene graph; answer: the bare answer (the papers' baseline); gold: of a choice the
+    # letter alone (SpaceR's baseline)
+    response: str = "full"
     careless: float = 0.0  # share of procedural rows whose response answers wrongly, with the right boxes
     style: str = "row"  # prompt style, as in train_grpo.py
     box_frame: str = "original"  # boxes in pixels of the original or the resized picture
@@ -105,9 +108,18 @@ DEMO = Config(
 # Spec 4.4: LoRA on the language model's layers, lr 1e-4 cosine, warm-up over a tenth, context 2,048, no reasoning.
 SFT = Config(response="answer", style="no_reasoning", lora_rank=8, lr=1e-4, max_prompt_tokens=2048, name="sft-3b")
 
+# Sections 3.3 and 3.6 of SpaceR's notes: all weights, batches of 1 x 2 x 8 GPUs, one pass, bare answers to the plain template.
+# There the prompt's text was learned too; here it is masked.
+SPACER = Config(
+    model="Qwen/Qwen2.5-VL-7B-Instruct", data=SPACER_DATA, name="spacer-sft-7b", response="gold", style="spacer",
+    min_pixels=4 * 28 * 28, max_pixels=256 * 28 * 28, max_prompt_tokens=16384, steps=9_457, rows_per_step=16, lr=1e-6,
+    schedule="linear", warmup_steps=0, weight_decay=0.0, max_grad_norm=5.0, reward="spacer", save_every=1000, val_every=0,
+)  # fmt: skip
+
 PRESETS = {
     "sft-3b": ("The papers' SFT baseline on Qwen2.5-VL-3B: LoRA of rank 8, three passes over STVQA-7K, bare answers (one GPU).", SFT),
     "sft-7b": ("The same on Qwen2.5-VL-7B.", replace(SFT, model="Qwen/Qwen2.5-VL-7B-Instruct", name="sft-7b")),
+    "spacer-sft-7b": ("SpaceR's SFT baseline on Qwen2.5-VL-7B: one pass over SpaceR-151k, all weights, bare answers (8 GPUs).", SPACER),
     "demo-sees": ("A small model learns to see procedural scenes, from nothing: minutes on one GPU.", DEMO),
     "demo-careless": (
         "The model that sees, taught careless answers to right boxes: what reinforcement learning then mends.",
@@ -117,7 +129,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-RESPONSES = ("full", "answer")
+RESPONSES = ("full", "answer", "gold")
 MAX_SKIPPED = 10  # optimiser steps in a row with a non-finite gradient before the run stops
 
 
@@ -153,6 +165,8 @@ def target(row: dict, processor, cfg: Config) -> Completion:
 
 def response_of(row: dict, cfg: Config) -> str:
     """full: what the format reward wants; rows without gold observation and reasoning teach scene and answer only."""
+    if cfg.response == "gold":
+        return f"<answer>{row['gold']}</answer>"
     if cfg.response == "answer":
         return rewards.solution_text({**row, "scene": None})
     if row["source"] != "scenes":
@@ -190,6 +204,7 @@ def check_config(cfg: Config) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
     check_sizes(cfg, "limit", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
     check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
+    check_data(cfg.data, cfg.val_data)
 
 
 def main(cfg: Config) -> None:

@@ -134,12 +134,18 @@ def mindcube(r: dict, n: int) -> dict:
     return row | {"images": r["images"], "category": setting, "own": r["id"]}
 
 
+# What a map may hold, the same for every scene (spacer 5.2): a model trained on maps is asked for one here.
+MAP_NAMES = ("ceiling light", "trash can", "bed", "heater", "closet", "pillow", "backpack", "chair", "refrigerator", "tv",
+             "nightstand", "keyboard", "computer tower", "coat hanger", "table", "trash bin", "whiteboard", "monitor", "sofa",
+             "clock", "computer mouse", "radiator", "telephone")  # fmt: skip
+
+
 def vsi_bench(r: dict, n: int) -> dict:
     category, options = r["question_type"], unlettered(r.get("options") or [])
     question, gold, task = r["question"], r["ground_truth"], re.sub(r"_(easy|medium|hard)$", "", category)
     row = choice(question, options, gold) if options else asked(question, gold, number="mra")
     return row | {"video": f"{r['dataset']}/{r['scene_name']}.mp4", "category": category, "own": r["id"],
-                  "meta": {"task": task}}
+                  "meta": {"task": task, "map_names": list(MAP_NAMES)}}
 
 
 SPATIAL = ("Dimensional Measurement", "Displacement & Path Length", "Ego-Centric Orientation", "Spatial Relation",

@@ -193,11 +193,11 @@ class Prompt:
 
 
 def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
-           frame_rule: str = "train") -> Prompt:
-    """Row -> Prompt with a Hugging Face Qwen-VL processor. `frame_rule` (data/video.py) is for rows with a clip, the pixel
-    bounds for those with pictures. Raises BrokenPicture, or ValueError naming the row."""
+           frame_rule: str = "train", max_frames: int | None = None) -> Prompt:
+    """Row -> Prompt with a Hugging Face Qwen-VL processor. `frame_rule` and `max_frames` (data/video.py) are for rows with a
+    clip, the pixel bounds for those with pictures. Raises BrokenPicture, or ValueError naming the row."""
     if row.get("video"):
-        return encode_clip(row, processor, style=style, frame_rule=frame_rule)
+        return encode_clip(row, processor, style=style, frame_rule=frame_rule, max_frames=max_frames)
     images = [process_image(decode_picture(picture, row_id=row["id"]), min_pixels=min_pixels, max_pixels=max_pixels)
               for picture in row["images"]]
     ids, pixels, grid, counts = prompt_ids(row, processor, style), None, None, []
@@ -209,9 +209,9 @@ def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, ma
     return Prompt(ids, expand(ids, counts, processor.image_token_id, row_id=row["id"]), pixels, grid, images, row)
 
 
-def encode_clip(row: dict, processor, *, style: str, frame_rule: str) -> Prompt:
+def encode_clip(row: dict, processor, *, style: str, frame_rule: str, max_frames: int | None) -> Prompt:
     """encode() of a row with a clip: frames are sampled and resized here, once, and never again by processor or engine."""
-    clip = load_clip(row, rule=frame_rule)
+    clip = load_clip(row, rule=frame_rule, max_frames=max_frames)
     pixels, grid = clip_pixels(clip.frames, processor)  # (patches, C*t*p*p), (1, 3)
     ids, tool = prompt_ids(row, processor, style), processor.video_processor
     expanded = expand(ids, (grid.prod(-1) // tool.merge_size ** 2).tolist(), processor.video_token_id, row_id=row["id"])

@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     print_comparison(regraded(rows, real / "model_outputs" / "blink" / "saved_outputs", out))
 
 
-def check_folders(real: Path, out: Path) -> tuple[Path, Path]:
+def check_folders(real: Path, out: Path, needed: tuple[str, ...] = NEEDED) -> tuple[Path, Path]:
     """Both as absolute paths. Raises FileNotFoundError or ValueError, one line, if they cannot be used."""
-    missing = [name for name in NEEDED if not (real / name).exists()]
+    missing = [name for name in needed if not (real / name).exists()]
     if missing:
         raise FileNotFoundError(f"--realdata {real}: no {missing[0]} there: give the folder that holds the real data")
     if out.resolve().is_relative_to(ROOT):

@@ -114,6 +114,8 @@ def test_what_single_entries_make_of_their_records(rows_of):
     assert of("mindcube", 1)[3] == "around" and rows_of("mindcube")[0]["question"].startswith("Based on")
     assert of("vsi-bench", 2) == ("mra", "3", [], "object_counting")
     assert rows_of("vsi-bench")[1]["meta"]["task"] == "object_rel_direction"
+    said = [build_prompt(row, "spacer_map") for row in (rows_of("vsi-bench")[0], rows_of("sti-bench")[0])]
+    assert "'computer mouse', 'radiator', 'telephone'" in said[0] and "<map>" in said[0] and "map" not in said[1]
     assert len(of("sti-bench", 0)[2]) == 5 and "From 1.5 seconds to 4.0 seconds." in rows_of("sti-bench")[0]["question"]
     assert [row["kind"] for row in rows_of("spar-bench")] == ["mra", "mra", "choice", "view_change", "choice"]
     assert "scale from 0 to 1000" in rows_of("spar-bench")[2]["question"]

@@ -6,6 +6,7 @@ random:tiny (16 wide), hence random:demo.
 """
 
 import copy
+import math
 import random
 import weakref
 from dataclasses import dataclass, replace
@@ -13,9 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from conftest import make_prompt, sharpen
 
 import train_grpo
+from data.dataset import Prompt, clip_pixels, expand, shuffled_clip
 from model import Policy, banned_ids, load_model, pack_groups, stop_ids, weights
 from rollout import Completion, EngineDied, HFRollout, VLLMRollout, vllm_kind
 
@@ -35,10 +38,11 @@ OTHERS = [*(("language_model", name) for name in LANGUAGE[1:]), *(("visual", nam
 
 @dataclass
 class Side:
-    """An engine beside the policy whose weights it should have, and three prompts: a picture, none, several."""
+    """An engine beside the policy whose weights it should have, and prompts: a picture, none, several, two clips."""
 
     engine: VLLMRollout | None
     policy: Policy
+    processor: object
     prompts: list
 
     def sync(self, **kwargs) -> None:
@@ -48,12 +52,18 @@ class Side:
         settings = dict(n=3, max_tokens=MAX_TOKENS, temperature=1.0, seed=0) | changes
         return self.engine.generate(self.prompts if prompts is None else prompts, **settings)
 
+    @torch.no_grad()
+    def logp(self, packed, temperature: float) -> torch.Tensor:
+        """The trainer's log-prob of every token (M,)."""
+        return self.policy(packed.to(self.policy.device), temperature=temperature)[0].cpu()
+
     def gaps(self, groups, temperature: float = 1.0, prompts=None) -> torch.Tensor:
         """|engine - trainer| log-prob of every token (M,)."""
         packed = pack_groups(self.prompts if prompts is None else prompts, groups, self.policy.config)
-        with torch.no_grad():
-            logp = self.policy(packed.to(self.policy.device), temperature=temperature)[0]
-        return (logp.cpu() - packed.rollout_logp).abs()
+        return (self.logp(packed, temperature) - packed.rollout_logp).abs()
+
+    def policy_rollout(self) -> HFRollout:
+        return HFRollout(self.policy, self.processor)
 
 
 def sampling_policy(*, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Policy, object]:
@@ -74,12 +84,25 @@ def sampling_prompts(processor) -> list:
         make_prompt(processor, "how many shapes are there in all"),
         # longer than a block of 128 tokens, the least that the prefix cache keeps on a CPU
         make_prompt(processor, "compare " + "left of the red square " * 50, [(56, 56), (140, 112), (56, 84)], seed=2),
+        make_clip(processor, "how many cubes are there", seconds=1.25),
+        make_clip(processor, "which of them comes first", seconds=0.75, frames=5),
     ]
+
+
+def make_clip(processor, text: str, *, seconds: float, frames: int = 8, size=(84, 56), seed: int = 3) -> Prompt:
+    """A user turn with a clip of noise, `seconds` a step of t; smaller than encode() would let it be."""
+    rng = np.random.default_rng(seed)
+    images = [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(frames)]
+    chat = f"<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+    ids = processor.tokenizer(chat, add_special_tokens=False)["input_ids"]
+    pixels, grid = clip_pixels(images, processor)
+    expanded = expand(ids, [int(grid.prod()) // 4], processor.video_token_id, row_id=text)
+    return Prompt(ids, expanded, pixels, grid, images, {"id": text}, 2 / seconds, seconds)
 
 
 def start_engine(policy, processor, *, dtype: str, **options) -> VLLMRollout:
     return VLLMRollout(policy.config, processor, banned=policy.banned.cpu(), max_prompt_tokens=256, dtype=dtype,
-                       max_tokens=MAX_TOKENS, max_sequences=64, max_images=3, **options)  # fmt: skip
+                       max_tokens=MAX_TOKENS, max_sequences=64, max_images=3, max_clips=1, **options)  # fmt: skip
 
 
 def changed(side: Side, prefix: str, name: str, by: float = 0.5, seed: int = 0) -> Side:
@@ -158,7 +181,7 @@ def check_groups_and_seeds(side: Side) -> None:
     assert len({tuple(ids) for ids in found}) == 12
     assert sample() == found != sample(seed=1)
     groups = side.sample(temperature=0.0)
-    assert [len(group) for group in groups] == [3] * 3 and all(c == group[0] for group in groups for c in group)
+    assert [len(group) for group in groups] == [3] * len(side.prompts) and all(c == group[0] for group in groups for c in group)
 
 
 def check_bans_and_stops(side: Side) -> None:
@@ -209,7 +232,7 @@ def started():
     policy, processor = sampling_policy()
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
     with torch.compiler.set_stance("force_eager"):  # compiling two short functions of vLLM's takes half of the start
-        side = Side(start_engine(policy, processor, dtype="float32"), policy, sampling_prompts(processor))
+        side = Side(start_engine(policy, processor, dtype="float32"), policy, processor, sampling_prompts(processor))
         after = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
         side.untouched = before[0] == after[0] and torch.equal(before[1], after[1]) and before[2] == after[2]
         yield side
@@ -261,14 +284,42 @@ def test_bans_and_stops(side):
 
 
 @pytest.mark.slow
+def test_a_clip_is_seen_in_its_order_and_at_its_rate(side):
+    """In one call and, where a cache might hide it, in the next; another order or rate would have other log-probs."""
+    clip = side.prompts[3]
+    shuffled, slower = shuffled_clip(clip, side.processor, seed=1), replace(clip, fps=0.8, seconds=2.5)
+    for asked in ([clip, shuffled, slower], [shuffled], [slower], [side.prompts[0], clip, side.prompts[1]]):
+        groups = side.sample(asked, n=8)
+        assert side.gaps(groups, prompts=asked).max() < EXACT
+        if len(asked) == 3 and asked[0] is clip:
+            for other in (shuffled, slower):
+                assert side.gaps(groups[:1], prompts=[other]).mean() > 10 * EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_top_p_cuts_the_same_tail_on_both_sides(side, temperature):
+    """The engine's log-probs are those of the trainer's distribution less its tail; nothing comes from the tail."""
+    groups = side.sample(n=8, temperature=temperature, top_p=0.8)
+    packed = pack_groups(side.prompts, groups, side.policy.config)
+    kept = packed.rollout_logp - side.logp(packed, temperature)  # -log of the probability that was kept
+    assert kept.min() > -EXACT and kept.max() < -math.log(0.8) + EXACT and kept.mean() > 0.05
+    wide = side.sample(n=8, temperature=temperature)
+    assert tokens(wide) != tokens(groups) and side.gaps(wide, temperature).max() < EXACT
+    ours = side.policy_rollout().generate(side.prompts, n=8, max_tokens=MAX_TOKENS, temperature=temperature, seed=1, top_p=0.8)
+    packed = pack_groups(side.prompts, ours, side.policy.config)
+    own = packed.rollout_logp - side.logp(packed, temperature)
+    assert own.min() > -EXACT and own.max() < -math.log(0.8) + EXACT and abs(own.mean() - kept.mean()) < 0.02
+
+
+@pytest.mark.slow
 def test_nothing_is_cut_off_the_distribution(side):
     check_distribution(side)
 
 
 @pytest.mark.slow
 def test_greedy_is_what_the_trainer_thinks_likeliest(side):
-    policy = HFRollout(side.policy, type("P", (), {"tokenizer": side.engine.tokenizer}))
-    ours = policy.generate(side.prompts, n=1, max_tokens=MAX_TOKENS, temperature=0.0, seed=0)
+    ours = side.policy_rollout().generate(side.prompts, n=1, max_tokens=MAX_TOKENS, temperature=0.0, seed=0)
     assert tokens(side.sample(n=1, temperature=0.0)) == tokens(ours)
     assert len({i for ids in tokens(ours) for i in ids}) > 5, "a model that repeats itself tests little"
 
@@ -328,7 +379,7 @@ def test_a_prompt_that_the_engine_sees_otherwise_is_refused_by_name(side):
 @pytest.mark.slow
 def test_a_picture_of_another_size_is_noticed(side):
     prompt = side.prompts[0]
-    with pytest.raises(ValueError, match="is its picture resized alike on both sides"):
+    with pytest.raises(ValueError, match="is its picture or clip resized alike on both sides"):
         side.sample([replace(prompt, images=[image.resize((140, 140)) for image in prompt.images])])
 
 
@@ -380,7 +431,7 @@ def test_a_stream_that_breaks_off_kills_the_engine(side):
 def test_bf16_agrees_to_its_noise(side):
     """A second engine, in bf16 like the trainer: its weights are the same bits, sums differ in order and rounding."""
     policy, processor = sampling_policy(dtype=torch.bfloat16)
-    other = Side(start_engine(policy, processor, dtype="bfloat16"), policy, side.prompts)
+    other = Side(start_engine(policy, processor, dtype="bfloat16"), policy, processor, side.prompts)
     other.sync()
     gap = check_agreement_to_noise(other)
     assert gap > EXACT, "it does not compute in float32"

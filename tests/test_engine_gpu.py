@@ -38,14 +38,13 @@ def started():
         pytest.skip("needs an NVIDIA GPU and vLLM for it")
     policy, processor = sampling_policy(dtype=torch.bfloat16, device="cuda")
     prompts = sampling_prompts(processor)
-    side = Side(None, policy, prompts)
+    side = Side(None, policy, processor, prompts)
     side.gaps([[Completion([5], [0.0], "", True)]] * len(prompts))  # what CUDA and cuBLAS keep is there from here on
     side.free = free_gib()
     side.engine = start_engine(policy, processor, dtype="bfloat16", memory=MEMORY)
     side.engine.sleep()
     side.sync()
     side.gap = check_agreement_to_noise(side)
-    side.processor = processor
     return side
 
 

@@ -27,6 +27,7 @@ import train_grpo
 from data.pictures import COLOURS, draw_boxes
 from data.prompts import build_prompt
 from data.responses import response_text
+from data.rows import to_row
 from data.scenes import scene_row, scene_rows
 from evaluate import Config
 from model import save_hf
@@ -412,6 +413,16 @@ def test_swapped_works_with_boxes_in_the_resized_frame(model, tmp_path):
     )
     evaluate.main(cfg)
     assert [line["picture_of"] for line in lines_of(tmp_path / "out")] == ["r1", "r0"]
+
+
+def test_swapped_asks_in_the_same_words(tmp_path):
+    """The categories of a map are in the prompt, and come from the row's meta."""
+    row, donor = (to_row(choice(i, picture(tmp_path / f"{c}.png", c)), folder=tmp_path, index=i, source="t")
+                  for i, c in enumerate(("red", "blue")))  # fmt: skip
+    row["meta"] |= {"map_names": ["sofa", "tv"], "resized_frame": [1, 2, 28]}
+    asked = evaluate.controlled(row, "swapped", donor)
+    assert asked["images"] == donor["images"] != row["images"] and "resized_frame" not in asked["meta"]
+    assert build_prompt(asked, "spacer_map") == build_prompt(row, "spacer_map") and "'sofa', 'tv'" in build_prompt(asked, "spacer_map")
 
 
 # ---------------------------------------------------------------- settings

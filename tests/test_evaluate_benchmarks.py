@@ -22,6 +22,7 @@ from video_fixtures import film
 import evaluate
 from answers import controlled
 from data.benchmarks import BENCHMARKS
+from data.dataset import encode
 from data.prompts import build_prompt
 from evaluate import Config
 from rewards import PUBLISHED
@@ -250,6 +251,26 @@ def test_videos_are_shown_as_frames_and_bad_ones_are_one_line(clones, tmp_path):
     shown = controlled(row, "none", None, frames=4)
     assert 2 <= len(shown["images"]) <= 4 and shown["question"].startswith("The pictures are frames of a video, in order.")
     assert controlled(row, "blind", None)["images"] == []
+    evaluate.main(replace(cfg, out=str(tmp_path / "clips"), clips="eval"))
+    asked, before = lines_of(tmp_path / "clips"), lines_of(tmp_path / "out")
+    assert [(line["id"], "skipped" in line) for line in asked] == [(line["id"], "skipped" in line) for line in before]
+    with pytest.raises(ValueError, match="--clips train: eval or eval-published"):
+        evaluate.main(replace(cfg, clips="train"))
+
+
+@pytest.mark.parametrize("control, seen", [("none", "a"), ("swapped", "b"), ("blind", None)])
+def test_a_video_as_one_clip(tiny, tmp_path, control, seen):
+    for name in "ab":
+        film(tmp_path / f"{name}.mp4")
+    rows = [{"id": name, "images": [], "video": str(tmp_path / f"{name}.mp4"), "question": "Where?", "options": [], "gold": "x", "kind": "text",
+             "size": None, "map": None, "problem": None, "style": None, "meta": {}} for name in "ab"]  # fmt: skip
+    asked = controlled(rows[0], control, rows[1], 2, "eval-published")
+    assert asked["id"] == "a" and (seen is None and not asked["video"] or Path(asked["video"]).stem == seen)
+    prompt = encode(asked, tiny.processor, style="short", frame_rule="eval-published", max_frames=2)
+    assert (prompt.seconds is not None) == (seen is not None) and len(prompt.images) <= 2 and "Where?" in str(build_prompt(asked, "short"))
+    (tmp_path / "a.mp4").write_bytes(b"torn")
+    if control != "none":  # under "none" encode() says it
+        assert "a.mp4" in controlled(rows[0], control, rows[1], 2, "eval")
 
 
 # ---------------------------------------------------------------- the command line

@@ -170,7 +170,8 @@ class Fixed:
             length = 1 + zlib.crc32(f"{prompt.row['id']}{j}".encode()) % 24
             return Completion([7] * length, [0.0] * length, f"{prompt.row['id']}/{j}", True)
 
-        return [[answer(prompt, j) for j in range(n)] for prompt in prompts]
+        counts = [n] * len(prompts) if isinstance(n, int) else n
+        return [[answer(prompt, j) for j in range(count)] for prompt, count in zip(prompts, counts, strict=True)]
 
 
 def is_live(row: dict) -> bool:
@@ -181,7 +182,8 @@ class Judge:
     """Three rows of five get equal rewards."""
 
     def score(self, texts, rows):
-        return [{"total": float(t[-1]) if is_live(row) else 0.0, "text": t} for t, row in zip(texts, rows)]
+        totals = [float(t[-1]) if is_live(row) else 0.0 for t, row in zip(texts, rows, strict=True)]
+        return [{"total": total, "accuracy": total, "text": text} for total, text in zip(totals, texts, strict=True)]
 
 
 def collected(rank: int, world: int, **changes) -> dict:
@@ -189,6 +191,8 @@ def collected(rank: int, world: int, **changes) -> dict:
     cfg = Config(prompts_per_step=8, group_size=2, mini_batches=2, min_pixels=784, max_pixels=112 * 112, style="short", **changes)
     policy, processor = new_policy()
     rows, cursor, found = scene_rows(40, level="easy"), 0, []
+    if cfg.temporal:  # every other row with a clip
+        rows = [row | {"images": [], "video": row["images"] * 4, "fps": 2} if i % 2 else row for i, row in enumerate(rows)]
     for step in range(2):
         share, cursor, metrics = collect(cfg, policy, Fixed(), processor, Judge(), rows, cursor, step, Clock(), rank, world)
         found.append(dict(
@@ -199,6 +203,10 @@ def collected(rank: int, world: int, **changes) -> dict:
     return found
 
 
+COLLECTED = {
+    "plain": {}, "dynamic": dict(dynamic_sampling=True), "short": dict(dynamic_sampling=True, max_rounds=1),
+    "clips": dict(temporal=True, dynamic_sampling=True),
+}  # fmt: skip
 LATER = replace(BASE, kl="none", kl_coef=0.0, normalize="token", mini_batches=1)
 MODES = ("none", "optimizer", "fsdp")
 AT_FOUR = ("two optimiser steps", "unequal micro-batches and pictures")
@@ -211,7 +219,7 @@ def worker(out: Path) -> None:
     found = {(name, shard): one_case(name, rank, world, shard) for name in cases for shard in MODES}
     found["sharded reference"] = one_case("unequal micro-batches and pictures", rank, world, "optimizer", "sharded")
     found["poisoned"] = {shard: poisoned(shard, rank, world) for shard in MODES}
-    for name, changes in (("plain", {}), ("dynamic", dict(dynamic_sampling=True)), ("short", dict(dynamic_sampling=True, max_rounds=1))):
+    for name, changes in COLLECTED.items():
         found[name] = collected(rank, world, **changes)
     if world == 2:
         found["gone on"] = {shard: saved_and_gone_on(out, shard, rank, world) for shard in MODES}
@@ -420,14 +428,15 @@ def together(world_found: list[dict], name: str, step: int, key: str) -> list:
     return [x for own in world_found for x in own[name][step][key]]
 
 
-@pytest.mark.parametrize("name", ["plain", "dynamic", "short"])
+@pytest.mark.parametrize("name", COLLECTED)
 def test_ranks_share_the_groups_that_one_rank_would_have(two_ranks, four_ranks, name):
-    changes = {"plain": {}, "dynamic": dict(dynamic_sampling=True), "short": dict(dynamic_sampling=True, max_rounds=1)}[name]
-    alone = collected(0, 1, **changes)
+    alone = collected(0, 1, **COLLECTED[name])
     for found in (two_ranks, four_ranks):
         for step in (0, 1):
             assert sorted(together(found, name, step, "ids")) == sorted(alone[step]["ids"])
             assert sorted(map(str, together(found, name, step, "texts"))) == sorted(map(str, alone[step]["texts"]))
+            assert sorted(map(str, together(found, name, step, "rewards"))) == sorted(map(str, alone[step]["rewards"]))
+            assert any("reward/temporal_term" in one[name][step]["metrics"] for one in found) == (name == "clips")
             for own in (one[name][step] for one in found):
                 assert len(own["ids"]) == 8 // len(found) and own["prompts"] == own["ids"]
                 assert own["texts"] == [[f"{i}/{j}" for j in range(2)] for i in own["ids"]], "nothing was mixed up"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data.dataset import load_rows
-from examples import real_input
+from examples import real_clips, real_input
 from rewards import grade, solution_text, spatialthinker_reward
 
 REAL = real_input.ROOT.parent / "shared" / "realdata"
@@ -146,3 +146,21 @@ def test_the_whole_script(tmp_path, monkeypatch, capfd):
     answers = real_input.read_lines(out / "blink-random" / "transcripts.jsonl")
     assert len(answers) == 4 and not any("skipped" in line for line in answers)
     assert set(real_input.ROOT.glob("runs/real*")) == before  # all of it went to --out
+
+
+@real
+@pytest.mark.slow
+def test_the_whole_script_on_clips(tmp_path, monkeypatch):
+    small = real_clips.SMALL.replace("step 4 --group-size 4", "step 2 --group-size 2").replace("tokens 32", "tokens 8")
+    assert "step 2 --group-size 2" in small and "tokens 8" in small
+    monkeypatch.setattr(real_clips, "SMALL", small)
+    out, before = tmp_path / "out", set(real_input.ROOT.glob("runs/*"))
+    monkeypatch.setenv("SPATIAL_GRPO_CLIPS", "")  # main sets its own: back to what it was afterwards
+    real_clips.main(["--realdata", str(REAL), "--out", str(out), "--engines", "hf", "--limit", "2"])
+    lines = real_input.read_lines(out / "runs" / "hf" / "metrics.jsonl")
+    assert len(lines) == real_clips.STEPS and all(line["optim/grad_norm"] > 0 for line in lines)
+    assert all(0 < line["shuffled/accuracy"] < 1 and line["rollout/logprob_gap"] < 0.052 for line in lines)
+    assert len(list((out / "clips").glob("*.npz"))) == 1, "the walk; ready frames are not kept"
+    answers = real_input.read_lines(out / "asked" / "transcripts.jsonl")
+    assert len(answers) == 2 and not any("skipped" in line for line in answers)
+    assert set(real_input.ROOT.glob("runs/*")) == before

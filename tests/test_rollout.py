@@ -117,6 +117,17 @@ def test_samples_have_the_frequencies_of_their_probabilities(temperature):
     assert sample(logits, 0, torch.Generator())[1].item() == pytest.approx(float(logits[0].log_softmax(-1)[1]))
 
 
+def test_top_p_leaves_the_likeliest_tokens_and_their_proportions():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0.0]]).log()
+    for top_p, kept in ((0.96, 4), (0.94, 3), (0.79, 2), (0.4, 1), (1.0, 4)):
+        tokens, logp = sample(logits.expand(4000, -1), 1.0, torch.Generator().manual_seed(0), top_p)
+        expected = logits[0, :kept].exp() / logits[0, :kept].exp().sum()
+        assert sorted(set(tokens.tolist())) == list(range(kept))
+        torch.testing.assert_close(logp, expected.log()[tokens])
+        assert (tokens.bincount(minlength=kept) / 4000 - expected).abs().max() < 0.03
+    assert sample(logits, 0, torch.Generator(), 0.4)[1].item() == pytest.approx(float(logits[0, 0])), "greedy is never cut"
+
+
 # ---------------------------------------------------------------- rules 3 and 4
 
 
