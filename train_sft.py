@@ -10,7 +10,6 @@ and never repeat.
 """
 
 import math
-import random
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ import ranks
 import rewards
 import scoring
 from data.dataset import encode, encode_rows, load_rows
-from data.responses import mistaken_letter, response_text
+from data.responses import careless_text
 from data.scenes import scene_rows
 from metrics import Clock
 from model import Packed, Policy, add_lora, load_policy, pack
@@ -157,8 +156,7 @@ def response_of(row: dict, cfg: Config) -> str:
         return rewards.solution_text({**row, "scene": None})
     if row["source"] != "scenes":
         return rewards.solution_text(row)
-    careless = random.Random(row["id"]).random() < cfg.careless
-    return response_text(row, letter=mistaken_letter(row) if careless else row["gold"])
+    return careless_text(row, cfg.careless)
 
 
 def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float,

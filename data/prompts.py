@@ -71,6 +71,7 @@ Question: {question}""",
 {question}
 First put your reasoning between <think> and </think>, then put the answer alone between <answer> and </answer>.""",
     "short": "Question: {question}",
+    "short_map": "Question: {question}\nMap: {names}",  # for small models: what spacer_map asks for, without saying so
     "spacer": """\
 Question: {question}
 {ponder}
@@ -149,7 +150,9 @@ def build_prompt(row: dict, style: str) -> str:
     if style == "spacer_map" and not map_names(row):
         style = "spacer"
     template = PROMPTS.get(style) or read_template(style)
-    fields = {"question": question_text(row, inline=style == "short")}
+    fields = {"question": question_text(row, inline=style in ("short", "short_map"))}
+    if style == "short_map":
+        fields["names"] = ", ".join(map_names(row))
     if style in ("spacer", "spacer_map"):
         fields = spacer_fields(row)
     if "{width}" in template or "{height}" in template:
