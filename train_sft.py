@@ -54,6 +54,7 @@ class Config:
 
     # what is taught
     response: str = "full"  # full: the four-tag text with its scene graph; answer: the bare answer (the papers' baseline)
+    repeat: int | None = None  # so many different procedural rows, then the same ones again, instead of new ones for ever
     careless: float = 0.0  # share of procedural rows whose response answers wrongly, with the right boxes
     style: str = "row"  # prompt style, as in train_grpo.py
     box_frame: str = "original"  # boxes in pixels of the original or the resized picture
@@ -134,7 +135,7 @@ class Batches(Dataset):
         cfg, share = self.cfg, self.cfg.rows_per_step // self.world
         if self.rows is None:
             level = cfg.data.partition("@")[0].partition(":")[2] or "demo"
-            start = step * cfg.rows_per_step + self.rank * share
+            start = step * cfg.rows_per_step % (cfg.repeat or cfg.steps * cfg.rows_per_step) + self.rank * share
             rows = scene_rows(share, seed=cfg.seed, level=level, start=start)
         else:
             rows = take(self.rows, step * cfg.rows_per_step, cfg.rows_per_step, cfg.seed)[self.rank :: self.world]
@@ -196,6 +197,8 @@ def main(cfg: Config) -> None:
         runs.check_run(Path("runs") / cfg.name, resume=cfg.resume)
         pool = scoring.RewardPool(cfg.reward, mode=cfg.reward_mode, similarity=cfg.similarity)
         rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
+        if cfg.repeat and cfg.repeat % cfg.rows_per_step:
+            raise ValueError(f"--repeat {cfg.repeat} is no multiple of --rows-per-step {cfg.rows_per_step}")
         if cfg.rows_per_step % world:
             raise ValueError(f"--rows-per-step {cfg.rows_per_step} does not divide into {world} ranks")
     with runs.die_together(rank, world_size=world), pool:

@@ -5,15 +5,17 @@
 
 Three runs in processes of their own, then answers to held-out clips:
 
-  sees      train_sft.py from the demo model: rooms of level clip_small (data/clips.py), drawn on the fly, none twice; the
-            response is the map, the numbers that the answer follows from, the answer
+  sees      train_sft.py from the demo model, on rooms of level clip_small (data/clips.py); the response is the map, the
+            numbers that the answer follows from, the answer. Drawing a room costs more than training on it, so every room
+            comes several times and is kept on the disk (about 180 kB each)
   careless  a little more of it from a teacher who is wrong in half of the rows, each by itself: the answer, left and right
             of the map, the end of the thinking. Without this the reward would find little to raise in minutes
   grpo      train_grpo.py --reward spacer --reward-mode corrected, on other clips
 
 Each of the three answers the same questions greedily and in samples: with the clip, with another room's clip, with grey
 frames, and with the clip's frames in random order. What is above the second and third was seen. The same command goes on
-where a broken one ended. DIR gets results.md, results.json, answers of every checkpoint, curves.json and the weights.
+where a broken one ended. DIR gets results.md, results.json, answers.json (question by question), curves.json and the weights
+before and after GRPO.
 """
 
 import json
@@ -23,7 +25,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,10 +47,11 @@ class Config:
     start: str = "assets/demo-model"  # or random:demo
     seed: int = 1
     level: str = "clip_small"  # of data/clips.py
-    sees_steps: int = 480
-    careless_steps: int = 60
-    grpo_steps: int = 80
+    sees_steps: int = 1200
+    careless_steps: int = 150
+    grpo_steps: int = 100
     rows: int = 256  # clips a step of the first two
+    distinct: int = 57_600  # different clips of the first two: a multiple of rows
     prompts: int = 16  # clips a step of GRPO, 8 samples each
     sees_lr: float = 1.5e-3  # Muon's
     careless_lr: float = 3e-4  # AdamW's, of this and the next
@@ -57,6 +60,7 @@ class Config:
     limit: int = 512  # held-out questions
     samples: int = 4  # a question, at temperature 1
     workers: int = 14  # processes that draw clips
+    kept: Path = Path("runs/kept-clips")  # where clips are kept once drawn
     rollout: str = "hf"  # of GRPO: hf or vllm
     more: str = ""  # further arguments of train_grpo.py
     rehearse: bool = False
@@ -73,26 +77,48 @@ KEPT = ("step", "loss/sft", "val/map", "val/answer", "reward/total", "reward/map
 def main(cfg: Config) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     if cfg.rehearse:
-        cfg = replace(cfg, sees_steps=2, careless_steps=2, grpo_steps=2, rows=4, prompts=2, limit=8, samples=2, workers=1)
+        cfg = replace(cfg, sees_steps=3, careless_steps=2, grpo_steps=2, rows=4, distinct=8, prompts=2, limit=12, samples=2,
+                      workers=1)  # fmt: skip
+    os.environ["SPATIAL_GRPO_SCENES"] = str(cfg.kept)
+    draw_ahead(cfg)
     checkpoints = {}
     for name, command in stages(cfg).items():
         checkpoints[name] = run_stage(cfg, name, command)
         curves = {stage: [{k: line[k] for k in KEPT if k in line} for line in runs.read_lines(Path(path).parent / "metrics.jsonl")]
                   for stage, path in checkpoints.items()}  # fmt: skip
         (cfg.out / "curves.json").write_text(json.dumps(curves))
+    for name in list(checkpoints)[-2:]:
         shutil.copy(Path(checkpoints[name], "model.safetensors"), cfg.out / f"{name}.safetensors")
     answers = answer_all(cfg, checkpoints)
+    (cfg.out / "answers.json").write_text(json.dumps(answers))
     (cfg.out / "results.json").write_text(json.dumps(summary(answers), indent=1))
     text = report(answers)
     (cfg.out / "results.md").write_text(text)
     print(text)
 
 
+def draw_ahead(cfg: Config) -> None:
+    """Draws the clips that are read by one process alone: GRPO's (seed 0 of load_rows) and those of the questions."""
+    blocks = [(split, at, min(16, count - at)) for split, count in (("train", cfg.prompts * cfg.grpo_steps), ("val", cfg.limit))
+              for at in range(0, count, 16)]  # fmt: skip
+    progress = runs.Progress(len(blocks), unit="block")
+    with ProcessPoolExecutor(cfg.workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        jobs = [pool.submit(draw, n, cfg.level, split, at) for split, at, n in blocks]
+        for i, job in enumerate(as_completed(jobs)):
+            job.result()  # raises what went wrong
+            progress.show(i, {})
+    progress.close()
+
+
+def draw(count: int, level: str, split: str, start: int) -> None:
+    scene_rows(count, level=level, split=split, start=start)  # the rows stay in the folder, not in a pipe
+
+
 def stages(cfg: Config) -> dict[str, list[str]]:
     """Name -> arguments of python, of the runs in their order."""
     data = ["--data", f"scenes:{cfg.level}@train", "--style", STYLE, "--seed", str(cfg.seed)]
     data += ["--max-completion-tokens", str(TOKENS), "--reward", "spacer", "--reward-mode", "corrected", "--save-every", "1000"]
-    drawn = [*data, "--rows-per-step", str(cfg.rows), "--workers", str(cfg.workers)]
+    drawn = [*data, "--rows-per-step", str(cfg.rows), "--repeat", str(cfg.distinct), "--workers", str(cfg.workers)]
     checked = ["--val-data", f"scenes:{cfg.level}@val", "--val-limit", str(min(128, cfg.limit))]
     found = {"sees": [
         "train_sft.py", "demo-sees", "--model", cfg.start, "--steps", str(cfg.sees_steps), "--lr", str(cfg.sees_lr),
@@ -102,7 +128,7 @@ def stages(cfg: Config) -> dict[str, list[str]]:
         found["careless"] = [
             "train_sft.py", "demo-careless", "--model", checkpoint(cfg, "sees", cfg.sees_steps), "--steps", str(cfg.careless_steps),
             "--lr", str(cfg.careless_lr), "--warmup-steps", str(max(1, cfg.careless_steps // 10)), "--val-every", "0",
-            "--val-data", "None", "--careless", str(cfg.careless), *drawn, "--seed", str(cfg.seed + 1000),
+            "--val-data", "None", "--careless", str(cfg.careless), *drawn,
         ]  # fmt: skip
     before = ("careless", cfg.careless_steps) if cfg.careless else ("sees", cfg.sees_steps)
     found["grpo"] = [
@@ -142,21 +168,21 @@ def answer_all(cfg: Config, checkpoints: dict[str, str]) -> dict[str, dict]:
 
     {checkpoint: {control: {"greedy map": [a number a question], ...}}}, and {"category": [...]} of the questions."""
     me = [sys.executable, "-m", "bench.clips", "--out", str(cfg.out), "--limit", str(cfg.limit), "--samples", str(cfg.samples),
-          "--level", cfg.level, "--workers", str(max(1, cfg.workers // len(checkpoints)))]  # fmt: skip
+          "--level", cfg.level]  # fmt: skip
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(checkpoints)))}
     children = [subprocess.Popen([*me, "--only-score", path], env=os.environ | threads) for path in checkpoints.values()]
     if any([child.wait() for child in children]):
         raise RuntimeError("a checkpoint was not scored: see above")
-    return {name: json.loads(answers_file(cfg, path).read_text()) for name, path in checkpoints.items()}
+    return {name: json.loads(answers_file(path).read_text()) for name, path in checkpoints.items()}
 
 
-def answers_file(cfg: Config, path: str) -> Path:
-    return cfg.out / f"answers-{Path(path).parent.name}.json"
+def answers_file(path: str) -> Path:
+    return Path(path).parent / "answers.json"
 
 
 def answer(cfg: Config, path: str) -> dict:
     """What one checkpoint answers with each control; see answer_all()."""
-    rows = draw_rows(cfg)
+    rows = scene_rows(cfg.limit, level=cfg.level, split="val")
     rollout, processor = hf_rollout(path, max_sequences=1024)
     found: dict = {"category": [row["category"] for row in rows]}
     with RewardPool("spacer", mode="corrected") as pool:
@@ -171,15 +197,8 @@ def answer(cfg: Config, path: str) -> dict:
                         part["correct"] = float(grade(row, c.text)["correct"])
                     for name in MEASURES:
                         measures.setdefault(f"{way} {name}", []).append(math.fsum(part[name] for part in parts) / n)
+            print(f"{path}, frames {control}: map {np.mean(measures['sampled map']):.3f}", flush=True)
     return found
-
-
-def draw_rows(cfg: Config) -> list[dict]:
-    """Held-out rows, drawn by several processes; they end before this one touches a GPU."""
-    starts = range(0, cfg.limit, 16)
-    with ProcessPoolExecutor(cfg.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        blocks = [pool.submit(scene_rows, min(16, cfg.limit - at), level=cfg.level, split="val", start=at) for at in starts]
-        return [row for block in blocks for row in block.result()]
 
 
 def frames(rows: list[dict], i: int, control: str) -> list[Image.Image]:
@@ -199,7 +218,8 @@ def frames(rows: list[dict], i: int, control: str) -> list[Image.Image]:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(spread / math.sqrt(len(values)))
 
 
 def summary(answers: dict[str, dict]) -> dict:
@@ -243,6 +263,6 @@ def report(answers: dict[str, dict]) -> str:
 if __name__ == "__main__":
     config = tyro.cli(Config)
     if config.only_score:
-        answers_file(config, config.only_score).write_text(json.dumps(answer(config, config.only_score)))
+        answers_file(config.only_score).write_text(json.dumps(answer(config, config.only_score)))
     else:
         main(config)

@@ -281,8 +281,8 @@ def small() -> list[dict]:
 
 def test_small_clips_are_shown_as_they_are(small):
     for row in small[:4]:
-        clip = load_clip(row, rule="train")  # the row's own rule wins: the published one would make 16 times the pixels
-        assert row["frame_rule"] == "whole" and clip.indices == list(range(8)) and clip.fps == row["fps"]
+        clip = load_clip(row, rule="train")  # the row's own rule wins: the published one would make ten times the pixels
+        assert row["frame_rule"] == "whole" and clip.indices == list(range(6)) and clip.fps == row["fps"]
         assert all(a.tobytes() == b.tobytes() for a, b in zip(clip.frames, row["video"], strict=True))
         assert clip.frames[0].size == row["size"] == (112, 84)
     assert len(load_clip({**small[0], "frame_rule": None}).frames[0].tobytes()) > 300_000
@@ -310,6 +310,20 @@ def test_in_small_clips_a_colour_says_the_category():
         assert colours == {kind: dict(zip(knobs["kinds"], knobs["colours"], strict=True))[kind] for kind in colours}
     with pytest.raises(ValueError, match="knob colours="):
         scene_row(3, level="clip_small", knobs={"colours": ["red", "green"]})
+
+
+def test_a_kept_clip_is_the_row_that_was_drawn(tmp_path, monkeypatch):
+    fresh = scene_rows(2, level="clip_small")
+    monkeypatch.setenv("SPATIAL_GRPO_SCENES", str(tmp_path))
+    first = scene_rows(2, level="clip_small")
+    assert len(list(tmp_path.rglob("*.npz"))) == 2 and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.setattr("data.clips.drawn_row", None)  # from here on nothing can be drawn
+    kept = scene_rows(2, level="clip_small")
+    for a, b, c in zip(fresh, first, kept, strict=True):
+        assert lean(a) == lean(b) == lean(c) and list(a) == list(c)
+        assert [f.tobytes() for f in a["video"]] == [f.tobytes() for f in b["video"]] == [f.tobytes() for f in c["video"]]
+    with pytest.raises(TypeError):  # other knobs, another clip
+        scene_rows(1, level="clip_small", knobs={"noise": 0})
 
 
 def reward(row: dict, text: str) -> dict:
