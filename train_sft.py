@@ -187,7 +187,9 @@ def load_sft_rows(cfg: Config, source: str, limit: int | None, processor) -> lis
 
 def check_config(cfg: Config) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
-    check_sizes(cfg, "limit", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
+    if (cfg.repeat or 0) % max(1, cfg.rows_per_step):
+        raise ValueError(f"--repeat {cfg.repeat} is no multiple of --rows-per-step {cfg.rows_per_step}")
+    check_sizes(cfg, "limit", "repeat", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
     check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
 
 
@@ -197,8 +199,6 @@ def main(cfg: Config) -> None:
         runs.check_run(Path("runs") / cfg.name, resume=cfg.resume)
         pool = scoring.RewardPool(cfg.reward, mode=cfg.reward_mode, similarity=cfg.similarity)
         rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
-        if cfg.repeat and cfg.repeat % cfg.rows_per_step:
-            raise ValueError(f"--repeat {cfg.repeat} is no multiple of --rows-per-step {cfg.rows_per_step}")
         if cfg.rows_per_step % world:
             raise ValueError(f"--rows-per-step {cfg.rows_per_step} does not divide into {world} ranks")
     with runs.die_together(rank, world_size=world), pool:

@@ -1,6 +1,7 @@
 """bench/clips.py without its runs: their command lines, what the controls show, the numbers of the report."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,14 @@ def test_an_unknown_flag_would_be_noticed(monkeypatch):
     command = stages(Config(out=Path("x"), more="--no-such-flag 3"))["grpo"]
     with pytest.raises(SystemExit):
         parsed(command, monkeypatch)
+
+
+def test_repeated_rows_come_in_the_same_batches_again(tiny):
+    cfg = train_sft.Config(data="scenes:clip_small@train", style="short_map", repeat=4, rows_per_step=2, steps=10)
+    batches = train_sft.Batches(cfg, None, tiny.processor, tiny.config, 0, 1)
+    ids = [[packed.ids.tolist() for packed in batches[step]] for step in (0, 1, 2, 5)]
+    assert ids[0] == ids[2] != ids[1] == ids[3]
+    endless = train_sft.Batches(replace(cfg, repeat=None), None, tiny.processor, tiny.config, 0, 1)
+    assert [packed.ids.tolist() for packed in endless[2]] != ids[0]
+    with pytest.raises(ValueError, match="--repeat 5 is no multiple of --rows-per-step 2"):
+        train_sft.check_config(replace(cfg, repeat=5))
