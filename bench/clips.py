@@ -3,9 +3,10 @@
     python -m bench.clips --out DIR                some minutes on one GPU
     python -m bench.clips --out DIR --rehearse     a few steps of everything, on a CPU; learns nothing
 
-Three runs in processes of their own, then answers to held-out clips:
+The demo model gets a token for each category and for the fixed pieces of a map: a small model looks up what is one token,
+and spelled words it does not (data/tokenizer.py). Then three runs in processes of their own, then answers to held-out clips:
 
-  sees      train_sft.py from the demo model, on rooms of level clip_small (data/clips.py); the response is the map, the
+  sees      train_sft.py from there, on rooms of level clip_small (data/clips.py); the response is the map, the
             numbers that the answer follows from, the answer. Drawing a room costs more than training on it, so every room
             comes several times and is kept on the disk (about 180 kB each)
   careless  a little more of it from a teacher who is wrong in half of the rows, each by itself: the answer, left and right
@@ -30,12 +31,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from PIL import Image
 
 import runs
+from data.clips import CLIPS
 from data.dataset import encode
 from data.scenes import scene_rows
+from model import Policy, banned_ids, load_model, save_hf
 from rewards import grade
 from rollout import hf_rollout
 from scoring import RewardPool
@@ -67,7 +71,8 @@ class Config:
     only_score: str | None = None  # internal: answer with this checkpoint, in this process
 
 
-STYLE, TOKENS = "short_map", 176  # responses have up to 130
+STYLE, TOKENS = "short_map", 80  # responses have about 50
+PIECES = ["<map>", "</map>", '{"', '": [[', "], [", ']], "', "]]}"]
 CONTROLS = ("none", "other room", "grey", "shuffled")
 MEASURES = ("map", "format", "answer", "correct")  # parts of the reward, and the grader's verdict on the answer
 KEPT = ("step", "loss/sft", "val/map", "val/answer", "reward/total", "reward/map", "reward/answer", "reward/format",
@@ -81,6 +86,8 @@ def main(cfg: Config) -> None:
                       workers=1)  # fmt: skip
     os.environ["SPATIAL_GRPO_SCENES"] = str(cfg.kept)
     draw_ahead(cfg)
+    if not start_folder(cfg).is_dir():
+        more_tokens(cfg)
     checkpoints = {}
     for name, command in stages(cfg).items():
         checkpoints[name] = run_stage(cfg, name, command)
@@ -95,6 +102,22 @@ def main(cfg: Config) -> None:
     text = report(answers)
     (cfg.out / "results.md").write_text(text)
     print(text)
+
+
+def start_folder(cfg: Config) -> Path:
+    return Path(f"runs/{run_name(cfg, 'start')}")
+
+
+def more_tokens(cfg: Config) -> None:
+    """Writes cfg.start with more tokens; those that it has keep their numbers."""
+    torch.manual_seed(cfg.seed)
+    model, processor = load_model(cfg.start)
+    old = len(processor.tokenizer)
+    processor.tokenizer.add_tokens([*CLIPS[cfg.level]["kinds"], *PIECES])
+    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    table = model.get_input_embeddings().weight.data  # (V, H)
+    table[old:] = table[:old].std() * torch.randn_like(table[old:])
+    save_hf(Policy(model, banned_ids(processor, model)), processor, start_folder(cfg))
 
 
 def draw_ahead(cfg: Config) -> None:
@@ -121,7 +144,7 @@ def stages(cfg: Config) -> dict[str, list[str]]:
     drawn = [*data, "--rows-per-step", str(cfg.rows), "--repeat", str(cfg.distinct), "--workers", str(cfg.workers)]
     checked = ["--val-data", f"scenes:{cfg.level}@val", "--val-limit", str(min(128, cfg.limit))]
     found = {"sees": [
-        "train_sft.py", "demo-sees", "--model", cfg.start, "--steps", str(cfg.sees_steps), "--lr", str(cfg.sees_lr),
+        "train_sft.py", "demo-sees", "--model", str(start_folder(cfg)), "--steps", str(cfg.sees_steps), "--lr", str(cfg.sees_lr),
         "--warmup-steps", str(max(1, cfg.sees_steps // 20)), "--val-every", str(max(1, cfg.sees_steps // 4)), *checked, *drawn,
     ]}  # fmt: skip
     if cfg.careless:

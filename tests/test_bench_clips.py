@@ -27,7 +27,7 @@ def parsed(command: list[str], monkeypatch):
 def test_every_run_starts_from_the_one_before(monkeypatch):
     cfg = Config(out=Path("some/here"), sees_steps=7, careless_steps=3, grpo_steps=5, prompts=4)
     sees, careless, grpo = (parsed(command, monkeypatch) for command in stages(cfg).values())
-    assert sees.model == "assets/demo-model" and careless.model == "runs/clips-here-sees/step_7"
+    assert sees.model == "runs/clips-here-start" and careless.model == "runs/clips-here-sees/step_7"
     assert grpo.model == "runs/clips-here-careless/step_3" and (sees.careless, careless.careless) == (0.0, 0.5)
     for one in (sees, careless, grpo):
         assert (one.reward, one.reward_mode, one.style, one.data) == ("spacer", "corrected", "short_map", "scenes:clip_small@train")
