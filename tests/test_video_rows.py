@@ -208,6 +208,8 @@ def test_the_map_template_names_the_categories_and_only_then_speaks_of_maps():
     assert without == build_prompt(make_row(), "spacer") and "map" not in without and len(text) > 2 * len(without)
     listed = build_prompt(make_row(map=None, meta={"map_names": ["sofa", "tv"]}), "spacer_map")
     assert "['sofa', 'tv']" in listed
+    assert build_prompt(make_row(), "short_map") == "Question: How many chairs are there?\nMap: chair, trash can"
+    assert build_prompt(make_row(map=None), "short_map") == "Question: How many chairs are there?"
 
 
 def test_both_templates_end_with_what_the_answer_tags_hold():
