@@ -48,13 +48,13 @@ class Config:
     val_data: str | None = None  # the same for validation
     limit: int | None = None  # first rows of data only; scenes: None never repeats a row
     val_limit: int | None = 256  # first rows of val_data only
+    repeat: int | None = None  # so many different procedural rows, then the same ones again, instead of new ones for ever
     name: str = "sft"  # run folder: runs/NAME
     resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
     seed: int = 1  # of everything drawn: rows, random weights
 
     # what is taught
     response: str = "full"  # full: the four-tag text with its scene graph; answer: the bare answer (the papers' baseline)
-    repeat: int | None = None  # so many different procedural rows, then the same ones again, instead of new ones for ever
     careless: float = 0.0  # share of procedural rows whose response answers wrongly, with the right boxes
     style: str = "row"  # prompt style, as in train_grpo.py
     box_frame: str = "original"  # boxes in pixels of the original or the resized picture
