@@ -6,7 +6,7 @@
 The prompt is masked: only the response's tokens count, each the same. Rows are packed as groups of one completion, so
 model, packing, optimiser, checkpoints and validation are those of train_grpo.py. Batches are made in worker processes
 from their step number alone, which is what makes a resumed run see the same ones. Procedural rows are drawn on the fly
-and never repeat.
+and never repeat, unless --repeat says so.
 """
 
 import math
