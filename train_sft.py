@@ -6,11 +6,10 @@
 The prompt is masked: only the response's tokens count, each the same. Rows are packed as groups of one completion, so
 model, packing, optimiser, checkpoints and validation are those of train_grpo.py. Batches are made in worker processes
 from their step number alone, which is what makes a resumed run see the same ones. Procedural rows are drawn on the fly
-and never repeat.
+and never repeat, unless --repeat says so.
 """
 
 import math
-import random
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ import ranks
 import rewards
 import scoring
 from data.dataset import encode, encode_rows, load_rows
-from data.responses import mistaken_letter, response_text
+from data.responses import careless_text
 from data.scenes import scene_rows
 from metrics import Clock
 from model import Packed, Policy, add_lora, load_policy, pack
@@ -50,6 +49,7 @@ class Config:
     val_data: str | None = None  # the same for validation
     limit: int | None = None  # first rows of data only; scenes: None never repeats a row
     val_limit: int | None = 256  # first rows of val_data only
+    repeat: int | None = None  # so many different procedural rows, then the same ones again, instead of new ones for ever
     name: str = "sft"  # run folder: runs/NAME
     resume: bool = False  # go on from the newest whole checkpoint of runs/NAME
     seed: int = 1  # of everything drawn: rows, random weights
@@ -147,7 +147,7 @@ class Batches(Dataset):
         cfg, share = self.cfg, self.cfg.rows_per_step // self.world
         if self.rows is None:
             level = cfg.data.partition("@")[0].partition(":")[2] or "demo"
-            start = step * cfg.rows_per_step + self.rank * share
+            start = step * cfg.rows_per_step % (cfg.repeat or cfg.steps * cfg.rows_per_step) + self.rank * share
             rows = scene_rows(share, seed=cfg.seed, level=level, start=start)
         else:
             rows = take(self.rows, step * cfg.rows_per_step, cfg.rows_per_step, cfg.seed)[self.rank :: self.world]
@@ -171,8 +171,7 @@ def response_of(row: dict, cfg: Config) -> str:
         return rewards.solution_text({**row, "scene": None})
     if row["source"] != "scenes":
         return rewards.solution_text(row)
-    careless = random.Random(row["id"]).random() < cfg.careless
-    return response_text(row, letter=mistaken_letter(row) if careless else row["gold"])
+    return careless_text(row, cfg.careless)
 
 
 def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *, lr: float,
@@ -202,7 +201,9 @@ def load_sft_rows(cfg: Config, source: str, limit: int | None, processor) -> lis
 
 def check_config(cfg: Config) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
-    check_sizes(cfg, "limit", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
+    if (cfg.repeat or 0) % max(1, cfg.rows_per_step):
+        raise ValueError(f"--repeat {cfg.repeat} is no multiple of --rows-per-step {cfg.rows_per_step}")
+    check_sizes(cfg, "limit", "repeat", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
     check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
     check_data(cfg.data, cfg.val_data)
 

@@ -12,14 +12,21 @@ the room's y axis: this axis points up in the map, x to the right.
   size      longest of a box's three sides, whole centimetres; room size: floor, square metres, one decimal
   first     a category comes into view in the first frame in which one thing of it has at least 0.4 % of the pixels
 
+A clip costs 15 to 200 ms. With SPATIAL_GRPO_SCENES=folder every one that is drawn is kept there, at its pixels' size, and
+read in a millisecond the next time; nothing removes them.
+
 As in data/scenes.py what is asked and the right option (or, for counts and distances, the right number) are drawn before
 the room, so that a blind guess is at chance, and near ties are not asked: each kind below states its margin.
 """
 
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, radians, sin
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -28,22 +35,38 @@ from data.drawing import COLOURS, Draw
 from data.questions import plural
 from data.solids import View, look, project
 from data.staging import draw_world, extents, ranges
+from data.video import RULES
 from data.world import FURNITURE, SIMPLE, TURNS, Thing, World, collide, distance, footprint, gap, shows_itself
 
+_CLIP = {
+    "width": 224, "height": 168, "frames": 16, "fps": 2, "rule": None,  # rule of data/video.py; None: as the caller wants
+    "objects": [7, 10], "kinds": [*FURNITURE, *SIMPLE],  # things in the room, and of which categories
+    "colours": ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"],
+    "own_colour": False,  # every category has a colour of its own: kinds and colours are pairs then
+    "side": [30, 80], "scale": [70, 140],  # cm; percent by which each thing's size varies
+    "room": [420, 800], "eye": [140, 175], "drop": [28, 40], "focal": [55, 65],  # cm; percent; percent of the width
+    "start": 30, "sweep": [200, 320], "both_ways": True,  # degrees: first heading; what the camera turns by, left or also right
+    "radius": [400, 800], "shift": 300, "drift": 400,  # mm: camera behind the turning point; that off the middle; its way
+    "noise": 5, "tint": 8, "first": 4,  # first: per mille of the pixels that count as "in view"
+    "mix": {"rel_direction": 30, "rel_distance": 12, "abs_distance": 16, "object_size": 10, "room_size": 6,
+            "counting": 10, "appearance_order": 16},
+}  # fmt: skip
 CLIPS: dict[str, dict] = {
-    "clip": {
-        "width": 224, "height": 168, "frames": 16, "fps": 2,
-        "objects": [7, 10], "kinds": [*FURNITURE, *SIMPLE],  # things in the room, and of which categories
-        "colours": ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"],
-        "side": [30, 80], "scale": [70, 140],  # cm; percent by which each thing's size varies
-        "room": [420, 800], "eye": [140, 175], "drop": [28, 40], "focal": [55, 65],  # cm; percent; percent of the width
-        "sweep": [200, 320],  # degrees that the camera turns by
-        "noise": 5, "tint": 8, "first": 4,  # first: per mille of the pixels that count as "in view"
-        "mix": {"rel_direction": 30, "rel_distance": 12, "abs_distance": 16, "object_size": 10, "room_size": 6,
-                "counting": 10, "appearance_order": 16},
+    "clip": _CLIP,
+    # For models of a few million parameters and minutes of training (bench/clips.py): a camera that goes round by the walls
+    # of a small room, nearly the same way every time, so that a place in a frame says a place on the map; a colour for
+    # each category. Asked is what the map tells: numbers, sides and distances. Order of appearance is left out (nearly all
+    # is in view at once), and so are sizes: they vary too little here to tell a guess from an answer.
+    "clip_small": _CLIP | {
+        "width": 112, "height": 84, "frames": 6, "rule": "whole", "objects": [3, 5], "scale": [70, 110],
+        "kinds": ["chair", "table", "lamp", "shelf", "cube", "sphere", "cone", "cylinder"], "own_colour": True,
+        "room": [440, 500], "eye": [235, 250], "drop": [72, 78], "focal": [52, 55], "start": 5, "sweep": [150, 165],
+        "both_ways": False, "radius": [1900, 2000], "shift": 50, "drift": 0, "noise": 2, "tint": 3,
+        "mix": dict.fromkeys(_CLIP["mix"], 0) | {"counting": 34, "rel_distance": 33, "rel_direction": 33},
     },
 }  # fmt: skip
 GRID = 10
+VERSION = 1  # of what a kept clip holds; raise it when a seed would give another row
 
 
 def wrong_knobs(k: dict) -> list[tuple[str, bool]]:
@@ -51,7 +74,8 @@ def wrong_knobs(k: dict) -> list[tuple[str, bool]]:
     return [
         *ranges(k), ("frames", not 2 <= k["frames"] <= 64), ("fps", k["fps"] <= 0),
         ("kinds", len(set(k["kinds"])) < 6 or not set(k["kinds"]) <= {*SIMPLE, *FURNITURE}),
-        ("colours", not k["colours"] or not set(k["colours"]) <= set(COLOURS)),
+        ("colours", len(k["colours"]) < (len(k["kinds"]) if k["own_colour"] else 1) or not set(k["colours"]) <= set(COLOURS)),
+        ("rule", k["rule"] not in (None, *RULES)), ("start", min(k["start"], k["shift"], k["drift"]) < 0),
         ("width", min(k["width"], k["height"]) < 28), ("noise", not 0 <= k["noise"] <= 60),
         ("mix", sum(k["mix"].values()) < 1 or min(k["mix"].values()) < 0),
     ]  # fmt: skip
@@ -61,7 +85,8 @@ def wrong_knobs(k: dict) -> list[tuple[str, bool]]:
 class Ask:
     """What is asked before there is a room. categories: those that the question is about; counts: how often each of them
     stands in the room. holds(things, room): is the answer right, by a margin, as far as places decide? seen(first,
-    glimpse), by category: and as far as the frames do? gold(things, room): the number, where one is asked for."""
+    glimpse), by category: and as far as the frames do? gold(things, room): the number, where one is asked for.
+    steps(things, room, first): whole numbers from which the answer follows, for the texts of a warm start."""
 
     task: str
     question: str
@@ -72,6 +97,7 @@ class Ask:
     holds: Callable[[list[Thing], tuple], bool] = lambda things, room: True
     seen: Callable[[dict, dict], bool] = lambda first, glimpse: True
     gold: Callable[[list[Thing], tuple], str] | None = None
+    steps: Callable[[list[Thing], tuple, dict], list[int]] = lambda things, room, first: []
 
 
 # ---- the seven kinds -------------------------------------------------------------------------------------------------
@@ -123,8 +149,11 @@ def _direction(draw: Draw, k: dict) -> Ask:
         "hard": "in which quarter is it: front-left, front-right, back-left or back-right?",
     }[level]  # fmt: skip
     question = f"I stand by the {p} and face the {q}. Now for the {r}: {asked}"
-    return Ask(f"rel_direction_{level}", question, options, answer, names, dict.fromkeys(names, 1),
-               lambda things, room: found(things) == answer)  # fmt: skip
+    return Ask(
+        f"rel_direction_{level}", question, options, answer, names, dict.fromkeys(names, 1),
+        lambda things, room: found(things) == answer,  # steps: tenths to the right and ahead
+        steps=lambda things, *_: [round(10 * part) for part in _turn_to(*(_only(things, name) for name in names))],
+    )  # fmt: skip
 
 
 def _rel_distance(draw: Draw, k: dict) -> Ask:
@@ -138,7 +167,10 @@ def _rel_distance(draw: Draw, k: dict) -> Ask:
         return others > metres[answer] + 0.3 and others > 1.15 * metres[answer]
 
     question = f"Measured between closest points, which of these stands closest to the {anchor}?"
-    return Ask("rel_distance", question, options, answer, [anchor, *options], dict.fromkeys([anchor, *options], 1), holds)
+    return Ask(
+        "rel_distance", question, options, answer, [anchor, *options], dict.fromkeys([anchor, *options], 1), holds,
+        steps=lambda things, *_: [round(10 * gap(_only(things, anchor), _only(things, name))) for name in options],  # dm
+    )  # fmt: skip
 
 
 def _abs_distance(draw: Draw, k: dict) -> Ask:
@@ -157,8 +189,12 @@ def _abs_distance(draw: Draw, k: dict) -> Ask:
 def _object_size(draw: Draw, k: dict) -> Ask:
     name = draw.pick(k["kinds"])
     question = f"The {name} has a length, a width and a height. How many centimetres is the longest of the three?"
-    return Ask("object_size", question, [], None, [name], {name: 1}, gold=lambda things, room: str(
-        round(100 * max(_only(things, name).w, _only(things, name).d, _only(things, name).h))))  # fmt: skip
+
+    def sides(things: list[Thing], *_) -> list[int]:
+        return [round(100 * side) for side in (_only(things, name).w, _only(things, name).d, _only(things, name).h)]
+
+    return Ask("object_size", question, [], None, [name], {name: 1}, gold=lambda things, room: str(max(sides(things))),
+               steps=sides)  # fmt: skip
 
 
 def _room_size(draw: Draw, k: dict) -> Ask:
@@ -167,13 +203,14 @@ def _room_size(draw: Draw, k: dict) -> Ask:
     question = "How many square metres of floor does this room have?"
     return Ask("room_size", question, [], None, [], {},
                lambda things, room: abs((room[2] - room[0]) * (room[3] - room[1]) - target) < 1,
-               gold=lambda things, room: f"{(room[2] - room[0]) * (room[3] - room[1]):.1f}")  # fmt: skip
+               gold=lambda things, room: f"{(room[2] - room[0]) * (room[3] - room[1]):.1f}",
+               steps=lambda things, room, first: [round(10 * (room[2] - room[0])), round(10 * (room[3] - room[1]))])  # fmt: skip
 
 
 def _counting(draw: Draw, k: dict) -> Ask:
     name, n = draw.pick([kind for kind in k["kinds"] if kind not in ("bed", "sofa")]), draw.between(2, 5)
     return Ask("counting", f"How many {plural(name)} are there in this room?", [], None, [name], {name: n},
-               gold=lambda things, room: str(n))  # fmt: skip
+               gold=lambda things, room: str(n), steps=lambda *_: list(range(1, n + 1)))  # fmt: skip
 
 
 def _order(draw: Draw, k: dict) -> Ask:
@@ -190,7 +227,8 @@ def _order(draw: Draw, k: dict) -> Ask:
         return all(first[a] < first[b] and glimpse[a] < glimpse[b] for a, b in zip(right, right[1:], strict=False))
 
     question = f"In which order do these come into view for the first time: {', '.join(sorted(names))}?"
-    return Ask("appearance_order", question, options, answer, names, dict.fromkeys(names, 1), seen=seen)
+    return Ask("appearance_order", question, options, answer, names, dict.fromkeys(names, 1), seen=seen,
+               steps=lambda things, room, first: [first[name] for name in sorted(names)])  # fmt: skip
 
 
 ASKS = {
@@ -213,10 +251,15 @@ def path(draw: Draw, room: tuple, k: dict) -> list[View]:
     x1, y1, x2, y2, _ = room
     height, drop = draw.between(*k["eye"]) / 100, draw.between(*k["drop"]) / 100
     focal = draw.between(*k["focal"]) / 100 * k["width"]
-    start, sweep = 90 + draw.between(-30, 30), draw.pick([-1, 1]) * draw.between(*k["sweep"])
-    radius = draw.between(400, 800) / 1000
-    mx, my = (x1 + x2) / 2 + draw.between(-300, 300) / 1000, (y1 + y2) / 2 + draw.between(-300, 300) / 1000
-    vx, vy = draw.between(-400, 400) / 1000, draw.between(-400, 400) / 1000
+    start = 90 + draw.between(-k["start"], k["start"])
+    sweep = draw.pick([-1, 1] if k["both_ways"] else [1]) * draw.between(*k["sweep"])
+    radius = draw.between(*k["radius"]) / 1000
+
+    def within(limit: int) -> float:
+        return draw.between(-limit, limit) / 1000
+
+    mx, my = (x1 + x2) / 2 + within(k["shift"]), (y1 + y2) / 2 + within(k["shift"])
+    vx, vy = within(k["drift"]), within(k["drift"])
     views = []
     for i in range(k["frames"]):
         part = i / max(k["frames"] - 1, 1)
@@ -243,7 +286,8 @@ def furnish(draw: Draw, ask: Ask, k: dict) -> tuple[tuple, list[View], list[Thin
             scale = draw.between(*k["scale"]) / 100
             w, d, h = (scale * side for side in extents(draw, kind, k, False))
             x, y = (draw.between(200, int(1000 * side) - 200) / 1000 for side in (wide, deep))
-            thing = Thing(f"{draw.pick(k['colours'])} {kind}", x, y, 0.0, draw.below(24), w, d, min(h, 2.3))
+            colour = k["colours"][k["kinds"].index(kind)] if k["own_colour"] else draw.pick(k["colours"])
+            thing = Thing(f"{colour} {kind}", x, y, 0.0, draw.below(24), w, d, min(h, 2.3))
             if _stands(thing, things, room, views):
                 things.append(thing)
                 break
@@ -382,7 +426,25 @@ def annotation(clip: Clip) -> dict:
 
 
 def clip_row(seed: int, level: str, k: dict) -> dict:
-    """One seed as a row (design section 3) whose `video` is a list of PIL frames."""
+    """One seed as a row (design section 3) whose `video` is a list of PIL frames; drawn, or as $SPATIAL_GRPO_SCENES has it."""
+    if not (folder := os.environ.get("SPATIAL_GRPO_SCENES")):
+        return drawn_row(seed, level, k)
+    key = hashlib.sha256(json.dumps([VERSION, seed, level, k], sort_keys=True).encode()).hexdigest()[:32]
+    file = Path(folder).expanduser() / key[:2] / f"{key}.npz"
+    if file.is_file():
+        with np.load(file) as data:
+            row = json.loads(str(data["row"]))
+            return {**row, "size": tuple(row["size"]), "video": [Image.fromarray(frame) for frame in data["frames"]]}
+    row = drawn_row(seed, level, k)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    with open(partial, "wb") as out:  # a file object: to a name, numpy would add .npz
+        np.savez(out, frames=np.stack(row["video"]), row=json.dumps({**row, "video": None}))
+    partial.replace(file)  # whole or not at all; of two processes either one's is right
+    return row
+
+
+def drawn_row(seed: int, level: str, k: dict) -> dict:
     ask, clip = draw_clip(seed, k)
     cameras = [{"place": list(view.place), "forward": list(view.forward)} for view in clip.views]
     return {
@@ -393,6 +455,7 @@ def clip_row(seed: int, level: str, k: dict) -> dict:
         "video": [Image.fromarray(frame) for frame in clip.frames],
         "fps": k["fps"],
         "span": None,
+        **({"frame_rule": k["rule"]} if k["rule"] else {}),
         "question": ask.question,
         "options": ask.options,
         "gold": "ABCD"[ask.options.index(ask.answer)] if ask.options else ask.gold(clip.things, clip.room),
@@ -403,7 +466,8 @@ def clip_row(seed: int, level: str, k: dict) -> dict:
         "problem": None,
         "style": None,
         "meta": {"level": level, "knobs": k, "seed": seed, "task": ask.task, "annotation": annotation(clip),
-                 "room": list(clip.room), "cameras": cameras},
+                 "room": list(clip.room), "cameras": cameras,
+                 "steps": ask.steps(clip.things, clip.room, _by_kind(clip.things, clip.first))},
     }  # fmt: skip
 
 

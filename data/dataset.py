@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # seconds to import, and only named here: --check starts at o
 def load_rows(source: str, *, limit: int | None = None, box_frame: str = "original", min_pixels: int = MIN_PIXELS,
               max_pixels: int = MAX_PIXELS, factor: int = FACTOR, skip_bad: bool = False) -> list[dict]:
     """Rows (design section 3) of a hub id, a folder of `split-*.parquet` or `.jsonl`, one such file, `scenes@split`, or
-    `noise:588x448:600` for measurements.
+    `noise:588x448:270` or `noise:364x280x16:270` for measurements.
 
     `name@split` picks a split (default train). `box_frame="resized"` moves size and scene boxes to the frame the model
     sees: the loader's resize, then sides rounded to `factor` = patch * merge. Without it boxes stay in pixels of the
@@ -76,9 +76,9 @@ def iter_rows(source: str, *, limit: int | None) -> Iterator[tuple[str, dict | N
         for number, row in enumerate(scene_rows(limit or 1024, seed=0, split=split or "train", **level), start=1):
             yield f"{source}, row {number}", row, None
         return
-    if noise := re.fullmatch(r"noise:(\d+)x(\d+):(\d+)", name):
-        width, height, words = map(int, noise.groups())
-        for number, row in enumerate(noise_rows(limit or 64, width=width, height=height, words=words), start=1):
+    if noise := re.fullmatch(r"noise:(\d+)x(\d+)(?:x(\d+))?:(\d+)", name):
+        width, height, frames, words = (part and int(part) for part in noise.groups())
+        for number, row in enumerate(noise_rows(limit or 64, width=width, height=height, words=words, frames=frames), start=1):
             yield f"{source}, row {number}", row, None
         return
     seen = {}

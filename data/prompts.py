@@ -71,6 +71,7 @@ Question: {question}""",
 {question}
 First put your reasoning between <think> and </think>, then put the answer alone between <answer> and </answer>.""",
     "short": "Question: {question}",
+    "short_map": "Question: {question}\nMap: {names}",  # for small models: what spacer_map asks for, without saying so
     "spacer": """\
 Question: {question}
 {ponder}
@@ -138,7 +139,7 @@ def build_prompt(row: dict, style: str) -> str:
 
     A style is a key of PROMPTS, `row` (the row's own problem text), or the path of a text file with {question} and, if
     wanted, {width} and {height}. `<image>` marks are dropped: pictures always come first, and all of them. `spacer_map`
-    asks rows without a gold map (general data) as `spacer` does. Raises ValueError naming row and cure.
+    and `short_map` ask rows without a gold map (general data) as `spacer` and `short` do. Raises ValueError naming row and cure.
     """
     style = row["style"] or style
     if style == "row":
@@ -146,10 +147,12 @@ def build_prompt(row: dict, style: str) -> str:
             raise ValueError(f"row {row['id']}: style row, but the row has no problem text: "
                              "choose another, say --style spatialthinker")
         return row["problem"].replace("<image>", "")
-    if style == "spacer_map" and not map_names(row):
-        style = "spacer"
+    if style in ("spacer_map", "short_map") and not map_names(row):
+        style = style.removesuffix("_map")
     template = PROMPTS.get(style) or read_template(style)
-    fields = {"question": question_text(row, inline=style == "short")}
+    fields = {"question": question_text(row, inline=style in ("short", "short_map"))}
+    if style == "short_map":
+        fields["names"] = ", ".join(map_names(row))
     if style in ("spacer", "spacer_map"):
         fields = spacer_fields(row)
     if "{width}" in template or "{height}" in template:

@@ -1,6 +1,7 @@
 """What a perfect, or a careless, reader of a procedural scene would answer: the texts of a warm start."""
 
 import json
+import random
 from math import sqrt
 
 from data.drawing import centre, shared
@@ -85,11 +86,16 @@ def _observation(row: dict) -> str:
     return " and ".join("the " + o["id"].split(".")[0].replace("_", " ") for o in row["scene"]["objects"])
 
 
-def _clip_response(row: dict, think: str | None) -> str:
-    """Map imagination (spec of SpaceR, 1.1): the map inside the thinking, then the bare letter or number."""
-    text = row["options"]["ABCD".index(row["gold"])] if row["options"] else row["gold"]
-    think = f"<map>{json.dumps(row['map'])}</map>; so {text}" if think is None else think
-    return f"<think>{think}</think>\n<answer>{row['gold']}</answer>"
+def _clip_response(row: dict, think: str | None, letter: str, *, mirrored: bool = False, closed: bool = True) -> str:
+    """Map imagination (spec of SpaceR, 1.1): the map inside the thinking, the numbers that the answer follows from, the
+    answer in words; then the bare letter or number. mirrored: left and right of the map exchanged; not closed: the
+    thinking has no end, which breaks the format."""
+    if think is None:
+        cells = {name: [[9 - x if mirrored else x, y] for x, y in spots] for name, spots in row["map"].items()}
+        found = f"{row['options']['ABCD'.index(letter)]}({letter}) " if row["options"] else letter
+        steps = ", ".join(map(str, row["meta"].get("steps", [])))
+        think = f"<map>{json.dumps(cells)}</map>{f'; {steps}' if steps else ''}; so {found}"
+    return f"<think>{think}{'</think>' if closed else ''}\n<answer>{letter}</answer>"
 
 
 def response_text(row: dict, *, observe: str | None = None, think: str | None = None, letter: str | None = None) -> str:
@@ -101,9 +107,9 @@ def response_text(row: dict, *, observe: str | None = None, think: str | None = 
     answer, right or wrong; boxes and derivation stay right, the conclusion and the answer follow the letter.
     Raises ValueError if there is no such option.
     """
-    if "video" in row:
-        return _clip_response(row, think)
     letter = letter or row["gold"]
+    if "video" in row:
+        return _clip_response(row, think, letter)
     if letter not in "ABCD"[: len(row["options"])]:
         raise ValueError(f"row {row['id']} has no option {letter!r}: it has {len(row['options'])} options")
     text = row["options"]["ABCD".index(letter)]
@@ -120,8 +126,22 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def mistaken_letter(row: dict) -> str:
-    """The one wrong option that a careless reader takes: the opposite direction, otherwise the next option."""
+    """The one wrong option that a careless reader takes: the opposite direction, otherwise the next option; of a number
+    the double."""
+    if not row["options"]:
+        return f"{2 * float(row['gold']):g}"
     right = "ABCD".index(row["gold"])
     opposite = OPPOSITE.get(row["options"][right])
     wrong = row["options"].index(opposite) if opposite in row["options"] else (right + 1) % len(row["options"])
     return "ABCD"[wrong]
+
+
+def careless_text(row: dict, share: float) -> str:
+    """The response of a teacher who is wrong in this share of the rows, always in the same ones: about the answer; of a clip
+    also, each by itself, about left and right on the map, and in forgetting to end the thinking."""
+    draw = random.Random(row["id"])
+    letter = mistaken_letter(row) if draw.random() < share else row["gold"]
+    if "video" not in row:
+        return response_text(row, letter=letter)
+    mirrored, closed = draw.random() < share, draw.random() >= share
+    return _clip_response(row, None, letter, mirrored=mirrored, closed=closed)

@@ -5,6 +5,9 @@ A rule says how many frames, which and how large (section numbers: the specifica
     train            2 fps, 4 to 16 frames, even; sides multiples of 28, about 100,000 pixels                    (3.4)
     eval             1 fps, at most 32 frames; the longer side at most 448, then sides multiples of 28           (5.1)
     eval-published   as eval, but with width and height exchanged after that, as all published numbers were made (5.1)
+    whole            every frame, as large as it is; sides rounded to multiples of 28. For small models; not published
+
+row["frame_rule"], where a row has one, overrides what the caller asks for, as row["style"] does a prompt's style.
 
 A file is decoded once: the sampled frames are kept under $SPATIAL_GRPO_CLIPS (default ~/.cache/spatial-grpo/clips; set it
 to nothing to keep none), 5 MB for 16 frames of 364 x 280. Rotation flags are applied.
@@ -21,7 +24,7 @@ from PIL import Image
 
 from data.pictures import FACTOR, BrokenPicture, decode_picture
 
-RULES = ("train", "eval", "eval-published")
+RULES = ("train", "eval", "eval-published", "whole")
 VERSION = 1  # of what a kept file holds; raise it when the same source would give other frames
 FRAME_PIXELS = 128 * FACTOR**2  # the least a frame has in training
 CLIP_PIXELS = int(128_000 * FACTOR**2 * 0.9)  # the most all frames of a clip have together
@@ -60,6 +63,8 @@ def frame_count(total: int, fps: float, *, frames: int | None = None, max_frames
 
 def frame_indices(total: int, fps: float, *, rule: str, max_frames: int | None = None) -> list[int]:
     """The sampled frames of `total` at `fps`: training rounds an even spacing from first to last, evaluation cuts it."""
+    if rule == "whole":
+        return list(range(total))
     if rule == "train":
         count = frame_count(total, fps, max_frames=max_frames or 16)
         return np.linspace(0, total - 1, count).round().astype(int).tolist()
@@ -88,6 +93,8 @@ def clip_size(width: int, height: int, frames: int, *, rule: str, max_pixels: in
     if rule == "train":
         share = max(min(FRAME_PIXELS, CLIP_PIXELS * 2 // frames), int(FRAME_PIXELS * 1.05))
         return [smart_resize(width, height, least=FRAME_PIXELS, most=min(max_pixels or share, share))]
+    if rule == "whole":
+        return [smart_resize(width, height, least=FACTOR**2, most=CLIP_PIXELS // frames)]
     steps = []
     if max(width, height) > EVAL_SIDE:
         scale = EVAL_SIDE / max(width, height)
@@ -105,6 +112,7 @@ def load_clip(row: dict, *, rule: str = "train", max_frames: int | None = None, 
     PIL); row["fps"] is the rate of the latter two; row["span"] is (start, end) in seconds, or None for all of it.
 
     Raises BrokenVideo for whatever cannot be read or sampled, ValueError for an unknown rule."""
+    rule = row.get("frame_rule") or rule
     if rule not in RULES:
         raise ValueError(f"unknown frame rule {rule!r}: choose one of {', '.join(RULES)}")
     video, span, how = row["video"], row.get("span"), {"max_frames": max_frames, "max_pixels": max_pixels, "rule": rule}

@@ -16,10 +16,12 @@ from test_scenes import blind_accuracy
 from test_scenes_world import inside
 
 from data.clips import ASKS, CLIPS, draw_clip
-from data.responses import response_text
+from data.responses import careless_text, response_text
 from data.scenes import contact_sheet, resolve_knobs, scene_row, scene_rows
 from data.staging import draw_world
+from data.video import load_clip
 from data.world import World, solids
+from rewards import PROBLEM_TYPES, spacer_reward
 
 TINY = {"width": 64, "height": 48, "frames": 8}
 # First 16 hex digits of sha256; a change here is a change of everybody's data.
@@ -267,3 +269,76 @@ def test_knobs_that_cannot_work_are_told_in_one_line(knobs, message):
         scene_row(3, level="clip", knobs=knobs)
     assert "\n" not in str(error.value)
     assert set(CLIPS["clip"]["mix"]) == set(ASKS)
+
+
+# ---- level clip_small and what a warm start says about clips ----
+
+
+@pytest.fixture(scope="module")
+def small() -> list[dict]:
+    return scene_rows(60, level="clip_small", split="val")
+
+
+def test_small_clips_are_shown_as_they_are(small):
+    for row in small[:4]:
+        clip = load_clip(row, rule="train")  # the row's own rule wins: the published one would make ten times the pixels
+        assert row["frame_rule"] == "whole" and clip.indices == list(range(6)) and clip.fps == row["fps"]
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(clip.frames, row["video"], strict=True))
+        assert clip.frames[0].size == row["size"] == (112, 84)
+    assert len(load_clip({**small[0], "frame_rule": None}).frames[0].tobytes()) > 300_000
+
+
+def test_answers_of_small_clips_follow_from_the_annotation_and_from_the_steps(small):
+    for row in small:
+        gold, steps = row["options"]["ABCD".index(row["gold"])] if row["options"] else row["gold"], row["meta"]["steps"]
+        assert gold == recompute(row), (row["id"], row["question"])
+        if row["category"] == "counting":
+            assert steps == list(range(1, int(gold) + 1))
+        elif row["category"] == "rel_distance":
+            assert row["options"][steps.index(min(steps))] == gold and steps.count(min(steps)) == 1
+        else:
+            right, ahead = steps
+            assert gold == "behind" and ahead < -8 or ("right" in gold) == (right > 0)
+            assert row["category"] != "rel_direction_hard" or ("front" in gold) == (ahead > 0)
+    assert len({row["category"] for row in small}) == 5
+
+
+def test_in_small_clips_a_colour_says_the_category():
+    for seed in range(3):
+        colours = {thing.kind: thing.colour for thing in draw_clip(seed, resolve_knobs("clip_small"))[1].things}
+        knobs = CLIPS["clip_small"]
+        assert colours == {kind: dict(zip(knobs["kinds"], knobs["colours"], strict=True))[kind] for kind in colours}
+    with pytest.raises(ValueError, match="knob colours="):
+        scene_row(3, level="clip_small", knobs={"colours": ["red", "green"]})
+
+
+def test_a_kept_clip_is_the_row_that_was_drawn(tmp_path, monkeypatch):
+    fresh = scene_rows(2, level="clip_small")
+    monkeypatch.setenv("SPATIAL_GRPO_SCENES", str(tmp_path))
+    first = scene_rows(2, level="clip_small")
+    assert len(list(tmp_path.rglob("*.npz"))) == 2 and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.setattr("data.clips.drawn_row", None)  # from here on nothing can be drawn
+    kept = scene_rows(2, level="clip_small")
+    for a, b, c in zip(fresh, first, kept, strict=True):
+        assert lean(a) == lean(b) == lean(c) and list(a) == list(c)
+        assert [f.tobytes() for f in a["video"]] == [f.tobytes() for f in b["video"]] == [f.tobytes() for f in c["video"]]
+    with pytest.raises(TypeError):  # other knobs, another clip
+        scene_rows(1, level="clip_small", knobs={"noise": 0})
+
+
+def reward(row: dict, text: str) -> dict:
+    return spacer_reward(text, f"<answer>{row['gold']}</answer>", PROBLEM_TYPES[row["kind"]], gold_map=row["map"],
+                         mode="corrected", options=tuple(row["options"]))  # fmt: skip
+
+
+def test_the_taught_text_earns_everything_and_the_careless_one_loses_each_part_by_itself(small):
+    for row in small:
+        assert reward(row, careless_text(row, 0.0)) | {"total": 3} == reward(row, response_text(row))
+        assert reward(row, careless_text(row, 0.0))["total"] == pytest.approx(3)
+        wrong = reward(row, careless_text(row, 1.0))
+        assert wrong["format"] == 0 and wrong["answer"] < 0.2 and wrong["map"] < 0.8, row["id"]
+    halves = [reward(row, careless_text(row, 0.5)) for row in small]
+    parts = [(part["format"] == 1, part["answer"] == 1, part["map"] == 1) for part in halves]
+    assert len(set(parts)) >= 7  # of 8: they fall independently
+    for one in zip(*parts, strict=True):
+        assert 0.3 < sum(one) / len(one) < 0.7

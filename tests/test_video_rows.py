@@ -208,6 +208,8 @@ def test_the_map_template_names_the_categories_and_only_then_speaks_of_maps():
     assert without == build_prompt(make_row(), "spacer") and "map" not in without and len(text) > 2 * len(without)
     listed = build_prompt(make_row(map=None, meta={"map_names": ["sofa", "tv"]}), "spacer_map")
     assert "['sofa', 'tv']" in listed
+    assert build_prompt(make_row(), "short_map") == "Question: How many chairs are there?\nMap: chair, trash can"
+    assert build_prompt(make_row(map=None), "short_map") == "Question: How many chairs are there?"
 
 
 def test_both_templates_end_with_what_the_answer_tags_hold():
@@ -260,3 +262,18 @@ def test_log_probs_of_a_clip_are_those_of_plain_transformers_and_of_decoding():
         rows = logits[len(prompt.expanded) - 1 : -1].masked_fill(policy.banned, float("-inf"))
         expected.append(rows.log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None]).squeeze(1))
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_clip_of_noise_is_sampled_and_packed_as_it_was_made(tiny):
+    """16 frames of 364 x 280 are 8 steps of 130 tokens, unresized: the shape that measurements of SpaceR use."""
+    first, second = load_rows("noise:364x280x16:20@train", limit=2)
+    prompt = encode(first, tiny.processor, style="row")
+    assert prompt.grid.tolist() == [[8, 20, 26]] and prompt.expanded.count(tiny.processor.video_token_id) == 1040
+    assert [frame.size for frame in prompt.images] == [(364, 280)] * 16 and prompt.seconds == 1.0
+    assert all(np.array_equal(a, b) for a, b in zip(prompt.images, first["video"], strict=True))
+    assert first["images"] == [] and not np.array_equal(first["video"][0], second["video"][0])
+    (group,) = HFRollout(tiny.policy, tiny.processor).generate([prompt], n=2, max_tokens=3, temperature=1.0, seed=1)
+    packed = pack_groups([prompt], [group], tiny.config)
+    torch.testing.assert_close(tiny.policy(packed)[0].detach(), packed.rollout_logp, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="clips of 18 frames are not shown whole: give an even number from 4 to 16"):
+        load_rows("noise:364x280x18:20@train")
