@@ -4,6 +4,7 @@ The same script runs as plain `python` (one rank, no process group) and under to
 
 import os
 import re
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -53,6 +54,15 @@ def gather(value) -> list:
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def spread(function: Callable[[list], list], items: list) -> list:
+    """function(items), where every rank does its share of them. The result is the same on all; it must pickle."""
+    if not several():
+        return function(items)
+    world = dist.get_world_size()
+    found = gather(function(items[dist.get_rank() :: world]))
+    return [found[i % world][i // world] for i in range(len(items))]
 
 
 def barrier() -> None:

@@ -28,16 +28,16 @@ import memory
 import ranks
 import rewards
 import scoring
-from data.dataset import encode, encode_rows, load_rows
+from data.dataset import encode, load_rows
 from data.responses import careless_text
 from data.scenes import scene_rows
 from metrics import Clock
 from model import Packed, Policy, add_lora, load_policy, pack
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import Completion
+from sampling import encoding, take, validate
 from train_grpo import (
-    KERNELS, SPACER_DATA, check_choices, check_data, check_sizes, encoding, global_counts, own_rollout, prepare, restore, save,
-    take, token_scale, validate,
+    KERNELS, SPACER_DATA, check_choices, check_data, check_sizes, fitting, global_counts, own_rollout, prepare, restore, save, token_scale,
 )  # fmt: skip
 
 
@@ -193,10 +193,7 @@ def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *,
 
 def load_sft_rows(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
     rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
-    kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, **encoding(cfg))
-    if not kept:
-        raise ValueError(f"{source}: no row left of {len(rows)} ({counts}); raise --max-prompt-tokens or check the file")
-    return kept
+    return fitting(cfg, rows, source, processor)
 
 
 def check_config(cfg: Config) -> None:

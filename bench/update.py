@@ -22,7 +22,8 @@ from data.dataset import encode, load_rows
 from model import compute_dtype, frozen_copy, load_policy
 from optim import MasterOptimizer
 from rollout import Completion
-from train_grpo import BENCH, encoding, train_step
+from sampling import encoding
+from train_grpo import BENCH, train_step
 
 
 @dataclass(frozen=True)

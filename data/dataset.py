@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -285,17 +285,15 @@ def check_frame(row: dict, image: Image.Image, grid: "torch.Tensor", processor, 
 
 
 def encode_rows(rows: list[dict], processor, *, style: str, max_prompt_tokens: int, min_pixels: int = MIN_PIXELS,
-                max_pixels: int = MAX_PIXELS, frame_rule: str = "train",
+                max_pixels: int = MAX_PIXELS, frame_rule: str = "train", measured: list | None = None,
                 verbose: bool = True) -> tuple[list[dict], dict[str, int]]:
     """The rows whose pictures decode and whose expanded prompt fits, and {"kept", "overlong", "broken"}.
 
-    A prompt is dropped, never cut: cutting loses the question, or half a picture (design rule 9). Pictures are decoded
-    once to know that they can be, in threads, and not kept; tokens are counted without computing pixels.
+    A prompt is dropped, never cut: cutting loses the question, or half a picture (design rule 9). Tokens are counted without
+    computing pixels. `measured` is what measure_rows(rows) gave, where ranks shared that work.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(partial(sizes_or_error, frame_rule=frame_rule), rows))
     kept, overlong, broken = [], [], []
-    for row, sizes in zip(rows, outcomes):
+    for row, sizes in zip(rows, measured or measure_rows(rows, frame_rule=frame_rule), strict=True):
         if isinstance(sizes, BrokenPicture):
             broken.append(sizes)
             continue
@@ -312,6 +310,18 @@ def encode_rows(rows: list[dict], processor, *, style: str, max_prompt_tokens: i
         for error in broken[:5]:
             print(f"  broken: {error}")
     return kept, {"kept": len(kept), "overlong": len(overlong), "broken": len(broken)}
+
+
+def measure_rows(rows: list[dict], *, frame_rule: str = "train",
+                 done: Callable[[int], None] = lambda i: None) -> list[list[tuple[int, int]] | BrokenPicture]:
+    """What sizes_or_error() says of every row, in threads: pictures are decoded once to know that they can be, and not kept;
+    the frames of clips are (data/video.py). done(i) is called after row i."""
+    out = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, found in enumerate(pool.map(partial(sizes_or_error, frame_rule=frame_rule), rows)):
+            out.append(found)
+            done(i)
+    return out
 
 
 def sizes_or_error(row: dict, *, frame_rule: str = "train") -> list[tuple[int, int]] | BrokenPicture:

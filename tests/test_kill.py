@@ -42,7 +42,7 @@ VLLM = ("--model", "random:demo", "--rollout", "vllm", "--max-completion-tokens"
 PARENT = f"""
 import json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import model, optim, rollout, runs, shutil, torch, train_grpo, tyro
+import model, optim, rollout, runs, sampling, shutil, torch, train_grpo, tyro
 torch.set_num_threads(1)
 
 def patch(owner, name, *, number=1, after=False):
@@ -68,13 +68,13 @@ def in_engine():
     train_grpo.start_rollout = start_rollout
 
 def in_sync():
-    weights = train_grpo.weights
+    weights = sampling.weights
     def half(*args, **kwargs):
         for i, item in enumerate(weights(*args, **kwargs)):
             if i == 40 and step == wanted:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield item
-    train_grpo.weights = half
+    sampling.weights = half
 
 PHASES = dict(
     nothing=lambda: None,
@@ -82,7 +82,7 @@ PHASES = dict(
     sync=in_sync,  # half of the weights are in the engine
     generate=lambda: patch(rollout, "sample", number=4),
     engine=in_engine,
-    reward=lambda: patch(train_grpo, "score", after=True),
+    reward=lambda: patch(sampling, "score", after=True),
     update=lambda: patch(optim.MasterOptimizer, "step", after=True),  # the first of two optimiser steps is done
     logged=lambda: patch(runs, "log_metrics", after=True),
     save=lambda: patch(train_grpo, "save_hf", after=True),  # the weights are there, the optimiser is not
@@ -98,14 +98,14 @@ def child(folder, phase, arguments):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)  # all jobs of a folder in one file
     sys.argv = ["train_grpo.py", *arguments]
     cfg = tyro.extras.overridable_config_cli(train_grpo.PRESETS)
-    step, wanted, take = -1, int(phase.partition("@")[2] or -1), train_grpo.take  # -1 until the first step begins
+    step, wanted, take = -1, int(phase.partition("@")[2] or -1), sampling.take  # -1 until the first step begins
     def noting(rows, cursor, count, seed):
         global step
         step, out = cursor // count, take(rows, cursor, count, seed)
         with open("steps.jsonl", "a") as file:
-            file.write(json.dumps([step, [row["id"] for row in out], train_grpo.sampling_seed(cfg, step, 0)]) + chr(10))
+            file.write(json.dumps([step, [row["id"] for row in out], sampling.sampling_seed(cfg, step, 0)]) + chr(10))
         return out
-    train_grpo.take = noting
+    sampling.take = noting
     PHASES[phase.partition("@")[0]]()
     train_grpo.main(cfg)
 

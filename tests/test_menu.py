@@ -18,7 +18,8 @@ from data.responses import response_text
 from data.scenes import scene_rows
 from rewards import extract_scene, overlong_penalty, repetition_penalty
 from rollout import Completion
-from train_grpo import Config, check_config, group_advantages, part_weights, score, token_scale
+from sampling import part_weights, score
+from train_grpo import Config, check_config, group_advantages, token_scale
 
 TRL = json.loads((Path(__file__).parent / "vectors" / "trl_losses.json").read_text())
 # Their names, in our flags: (loss, normalize, the upper clip of cispo is a bound of the ratio there)

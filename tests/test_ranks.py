@@ -24,11 +24,13 @@ from conftest import ROOT, make_group, make_prompt, new_policy, saved_masters, s
 
 import ranks
 import train_grpo
+from data.pictures import BrokenPicture
 from data.scenes import scene_rows
 from metrics import Clock
-from model import load_model, save_hf, weights
+from model import group_tokens, load_model, save_hf, weights
 from rollout import Completion
-from train_grpo import Config, collect, prepare, train_step
+from sampling import collect, take
+from train_grpo import Config, prepare, train_step
 
 BASE = Config(kl="k3", kl_coef=0.5, importance_cap=0.0, token_budget=10_000, mini_batches=1, lr=1e-3, steps=10)
 
@@ -198,7 +200,7 @@ def collected(rank: int, world: int, **changes) -> dict:
         found.append(dict(
             ids=[row["id"] for row in share.rows], prompts=[p.row["id"] for p in share.prompts], cursor=cursor, metrics=metrics,
             texts=[[c.text for c in group] for group in share.groups], parts=[part["text"] for part in share.parts],
-            rewards=share.rewards, tokens=[train_grpo.group_tokens(p, g) for p, g in zip(share.prompts, share.groups)],
+            rewards=share.rewards, tokens=[group_tokens(p, g) for p, g in zip(share.prompts, share.groups)],
         ))  # fmt: skip
     return found
 
@@ -228,6 +230,10 @@ def worker(out: Path) -> None:
         states = {shard: [torch.load(file, weights_only=True) for file in found] for shard, found in files.items()}
         found["resumed"] = {shard: resumed(states[shard], shard, rank, world) for shard in ("optimizer", "fsdp")}
     found["gathered"] = ranks.gather({"rank": rank})
+    found["spread"] = [
+        (by, item, str(error)) for by, item, error in
+        ranks.spread(lambda items: [(rank, item, BrokenPicture(f"no {item}")) for item in items], list(range(5)))
+    ]  # fmt: skip
     torch.save(found, out / f"rank{rank}.pt")
     ranks.leave()
 
@@ -373,6 +379,12 @@ def test_gathering(two_ranks):
     assert all(own["gathered"] == [{"rank": 0}, {"rank": 1}] for own in two_ranks)
 
 
+def test_work_shared_out_comes_back_in_order_on_all_ranks(two_ranks):
+    for own in two_ranks:
+        assert own["spread"] == [(i % 2, i, f"no {i}") for i in range(5)]
+    assert ranks.spread(lambda items: [2 * item for item in items], [3, 4]) == [6, 8]
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -450,7 +462,7 @@ def test_ranks_share_the_groups_that_one_rank_would_have(two_ranks, four_ranks, 
 def test_dynamic_sampling_keeps_live_groups_and_drops_the_surplus_by_index():
     rows = scene_rows(40, level="easy")
     alive = {row["id"] for row in rows if is_live(row)}
-    order = [row["id"] for row in train_grpo.take(rows, 0, 400, Config.seed)]
+    order = [row["id"] for row in take(rows, 0, 400, Config.seed)]
     assert 8 < len(alive) < 20
     cursor = 0
     for found in collected(0, 1, dynamic_sampling=True, max_rounds=20):

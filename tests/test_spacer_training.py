@@ -25,7 +25,8 @@ from kernels.policy_loss import policy_loss_reference
 from metrics import Clock
 from model import pack
 from rollout import Completion, HFRollout, vllm_kind
-from train_grpo import PRESETS, Config, collect, group_advantages, sample_groups, score_groups, token_scale
+from sampling import collect, encoding, sample_groups, score_groups
+from train_grpo import PRESETS, Config, group_advantages, token_scale
 
 REWARD = """
 import zlib
@@ -96,7 +97,7 @@ class Judge:
 def test_clips_are_asked_again_with_their_frames_in_another_order(files, tiny):
     cfg = small(files)
     rows = load_rows(cfg.data)
-    prompts = [train_grpo.encode(row, tiny.processor, **train_grpo.encoding(cfg)) for row in rows]
+    prompts = [train_grpo.encode(row, tiny.processor, **encoding(cfg)) for row in rows]
     engine = Recorder()
     groups, others = sample_groups(cfg, engine, tiny.processor, prompts, seed=5)
     [(asked, counts, settings)] = engine.asked

@@ -15,6 +15,7 @@ from conftest import ROOT, saved_masters, search_path
 from PIL import Image
 
 import model as model_module
+import sampling
 import scoring
 import train_grpo
 from kernels.linear_policy_loss import linear_policy_loss
@@ -62,7 +63,7 @@ def test_rule_09_overlong_and_broken_rows_are_dropped_counted_and_printed(tiny, 
     longer = replace(cfg, max_prompt_tokens=1000)
     assert [row["id"] for row in train_grpo.load_data(longer, str(file), None, tiny.processor)] == ["short", "endless"]
     encoded = train_grpo.encode(records[1] | rows[0] | {"question": records[1]["question"]}, tiny.processor,
-                                **train_grpo.encoding(cfg))  # fmt: skip
+                                **sampling.encoding(cfg))  # fmt: skip
     assert tiny.processor.tokenizer.decode(encoded.ids).count("left of") == 200
     with pytest.raises(ValueError, match="rows.jsonl: no row left of 3 .*--max-prompt-tokens"):
         train_grpo.load_data(replace(cfg, max_prompt_tokens=10), str(file), None, tiny.processor)
@@ -172,7 +173,7 @@ def test_rule_15_another_seed_another_result(straight, tmp_path, reward_file):
 
 def kill_in_step(monkeypatch, number: int, sent=signal.SIGTERM):
     """A signal in the middle of step `number` (from 0), between its rollout and its update."""
-    inner, calls = train_grpo.score, []
+    inner, calls = sampling.score, []
 
     def score(*args):
         calls.append(1)
@@ -180,7 +181,7 @@ def kill_in_step(monkeypatch, number: int, sent=signal.SIGTERM):
             os.kill(os.getpid(), sent)
         return inner(*args)
 
-    monkeypatch.setattr(train_grpo, "score", score)
+    monkeypatch.setattr(sampling, "score", score)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -462,7 +463,7 @@ def test_published_presets_have_the_published_settings():
 
 def test_rule_15_no_two_ranks_or_steps_sample_alike():
     cfg = Config()
-    seeds = [train_grpo.sampling_seed(replace(cfg, seed=s), step, rank)
+    seeds = [sampling.sampling_seed(replace(cfg, seed=s), step, rank)
              for s in range(3) for step in range(50) for rank in range(16)]  # fmt: skip
     assert len(set(seeds)) == len(seeds)
 
@@ -511,14 +512,14 @@ SMALL_DEMO = (
 KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import train_grpo
-inner = train_grpo.score
+import sampling, train_grpo
+inner = sampling.score
 def score(*args):
     if not os.path.exists("sent"):
         open("sent", "w").close()
         os.kill(os.getpid(), signal.SIGTERM)
     return inner(*args)
-train_grpo.score = score
+sampling.score = score
 import tyro
 train_grpo.main(tyro.extras.overridable_config_cli(train_grpo.PRESETS))
 """

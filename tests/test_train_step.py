@@ -13,7 +13,8 @@ from kernels.linear_policy_loss import linear_policy_loss
 from model import frozen_copy, pack_groups
 from optim import MasterOptimizer
 from rollout import HFRollout
-from train_grpo import Config, group_advantages, take, token_scale, train_step
+from sampling import take
+from train_grpo import Config, group_advantages, token_scale, train_step
 
 STEP = Config(prompts_per_step=6, mini_batches=1, token_budget=100, kl="none", kl_coef=0.0, importance_cap=0.0, lr=1e-3,
               steps=10)  # fmt: skip
