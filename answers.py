@@ -40,7 +40,7 @@ def controlled(row: dict, control: str, donor: dict | None, frames: int = 32, cl
         return str(error)
     if control == "none":
         return row
-    own = sizes_or_error(row, frame_rule=clips or "train")
+    own = sizes_or_error(row, frame_rule=clips or "eval", max_frames=frames)
     if isinstance(own, BrokenPicture):  # left out of the controls as well, or they would be over other rows
         return str(own)
     if control == "blind":

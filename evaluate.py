@@ -39,7 +39,6 @@ from data.dataset import load_rows
 from data.pictures import FACTOR, MAX_PIXELS, MIN_PIXELS, decode_picture, draw_boxes
 from data.prompts import PROMPTS, build_prompt, read_template
 from data.rows import to_resized_frame, to_row
-from data.video import RULES
 from rewards import MODES, extract_answer, extract_choice, extract_scene, is_valid_object
 from transcripts import FILE, begin, check_settings, judge, locked, read_transcripts, report, rescore, weights_hash
 
@@ -132,8 +131,8 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"--temperature {cfg.temperature}: give 0 (greedy) or more")
     if cfg.k > 1 and cfg.temperature == 0:
         raise ValueError(f"--k {cfg.k} greedy answers are one: give a --temperature, say 1.0")
-    if cfg.clips and (cfg.clips not in RULES[1:] or cfg.provider in SERVED):
-        raise ValueError(f"--clips {cfg.clips}: {' or '.join(RULES[1:])}, with --provider hf or vllm")
+    if cfg.clips and (cfg.clips not in ("eval", "eval-published") or cfg.provider in SERVED):
+        raise ValueError(f"--clips {cfg.clips}: eval or eval-published, with --provider hf or vllm")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
         raise ValueError(f"--device {cfg.device}: auto, cpu, cuda or cuda:1")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
@@ -190,9 +189,10 @@ def once(kept: dict, cfg: Config, own: Config, rows: list[dict], others: list[st
     """What answers `own`, made at its first need and kept for the datasets to come: an engine takes a minute to start,
     and must know how many pictures a row may have."""
     if "answer" not in kept:
-        pictures = [1, *(len(row["images"]) for row in rows)]
+        frames = 0 if cfg.clips else cfg.frames  # of a video, as pictures
+        pictures = [1, *(frames if row.get("video") else len(row["images"]) for row in rows)]
         for bench in (BENCHMARKS[name] for name in others if name in BENCHMARKS):
-            pictures.append(cfg.frames if bench.video else bench.images)
+            pictures.append(frames if bench.video else bench.images)
         kept["answer"] = open_provider(cfg, max(pictures))
     return partial(kept["answer"], own)
 

@@ -324,11 +324,12 @@ def measure_rows(rows: list[dict], *, frame_rule: str = "train",
     return out
 
 
-def sizes_or_error(row: dict, *, frame_rule: str = "train") -> list[tuple[int, int]] | BrokenPicture:
+def sizes_or_error(row: dict, *, frame_rule: str = "train",
+                   max_frames: int | None = None) -> list[tuple[int, int]] | BrokenPicture:  # fmt: skip
     """(W, H) of every picture, or of every sampled frame of the clip."""
     try:
         if row.get("video"):
-            return [frame.size for frame in load_clip(row, rule=frame_rule).frames]
+            return [frame.size for frame in load_clip(row, rule=frame_rule, max_frames=max_frames).frames]
         return [decode_picture(picture, row_id=row["id"]).size for picture in row["images"]]
     except BrokenPicture as error:
         return error

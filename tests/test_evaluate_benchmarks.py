@@ -24,6 +24,7 @@ from answers import controlled
 from data.benchmarks import BENCHMARKS
 from data.dataset import encode
 from data.prompts import build_prompt
+from data.video import load_clip
 from evaluate import Config
 from rewards import PUBLISHED
 from rollout import Completion
@@ -254,8 +255,27 @@ def test_videos_are_shown_as_frames_and_bad_ones_are_one_line(clones, tmp_path):
     evaluate.main(replace(cfg, out=str(tmp_path / "clips"), clips="eval"))
     asked, before = lines_of(tmp_path / "clips"), lines_of(tmp_path / "out")
     assert [(line["id"], "skipped" in line) for line in asked] == [(line["id"], "skipped" in line) for line in before]
-    with pytest.raises(ValueError, match="--clips train: eval or eval-published"):
-        evaluate.main(replace(cfg, clips="train"))
+    for rule in ("train", "whole"):
+        with pytest.raises(ValueError, match=f"--clips {rule}: eval or eval-published"):
+            evaluate.main(replace(cfg, clips=rule))
+
+
+def test_the_engine_is_told_how_many_pictures_a_video_becomes(monkeypatch):
+    told, rows = [], [{"images": [], "video": "a.mp4"}, {"images": ["a.png", "b.png"]}]
+    monkeypatch.setattr(evaluate, "open_provider", lambda cfg, pictures: told.append(pictures))
+    for clips in (None, "eval"):
+        with pytest.raises(TypeError):  # nothing was opened that could answer
+            evaluate.once({}, replace(TINY, frames=7, clips=clips), TINY, rows, [])
+    assert told == [7, 2]
+
+
+def test_a_control_decodes_no_clip_a_second_time(tmp_path, monkeypatch):
+    film(tmp_path / "a.mp4")
+    monkeypatch.setenv("SPATIAL_GRPO_CLIPS", str(tmp_path / "kept"))
+    row = {"id": "a", "images": [], "video": str(tmp_path / "a.mp4"), "meta": {}}
+    load_clip(row, rule="eval", max_frames=4)  # what control none shows
+    controlled(row, "blind", None, 4, "eval")
+    assert len(list((tmp_path / "kept").iterdir())) == 1
 
 
 @pytest.mark.parametrize("control, seen", [("none", "a"), ("swapped", "b"), ("blind", None)])
