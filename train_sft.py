@@ -147,8 +147,8 @@ class Batches(Dataset):
         cfg, share = self.cfg, self.cfg.rows_per_step // self.world
         if self.rows is None:
             level = cfg.data.partition("@")[0].partition(":")[2] or "demo"
-            start = step * cfg.rows_per_step % (cfg.repeat or cfg.steps * cfg.rows_per_step) + self.rank * share
-            rows = scene_rows(share, seed=cfg.seed, level=level, start=start)
+            first = step * cfg.rows_per_step % cfg.repeat if cfg.repeat else step * cfg.rows_per_step
+            rows = scene_rows(share, seed=cfg.seed, level=level, start=first + self.rank * share)
         else:
             rows = take(self.rows, step * cfg.rows_per_step, cfg.rows_per_step, cfg.seed)[self.rank :: self.world]
         prompts = [encode(row, self.processor, **encoding(cfg)) for row in rows]
@@ -164,7 +164,7 @@ def target(row: dict, processor, cfg: Config) -> Completion:
 
 
 def response_of(row: dict, cfg: Config) -> str:
-    """full: what the format reward wants; rows without gold observation and reasoning teach scene and answer only."""
+    """By cfg.response; full: rows without gold observation and reasoning teach scene and answer only."""
     if cfg.response == "gold":
         return f"<answer>{row['gold']}</answer>"
     if cfg.response == "answer":
@@ -191,6 +191,11 @@ def sft_step(policy: Policy, optimizer: MasterOptimizer, packs: list[Packed], *,
     return {"loss/sft": sum(ranks.gather(float(total))), "optim/grad_norm": norm, "data/tokens": tokens}
 
 
+def draws_rows(cfg: Config) -> bool:
+    """Whether procedural rows are drawn while training, in the workers."""
+    return cfg.limit is None and cfg.data.startswith("scenes")
+
+
 def load_sft_rows(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
     rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels)
     return fitting(cfg, rows, source, processor)
@@ -200,6 +205,8 @@ def check_config(cfg: Config) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
     if (cfg.repeat or 0) % max(1, cfg.rows_per_step):
         raise ValueError(f"--repeat {cfg.repeat} is no multiple of --rows-per-step {cfg.rows_per_step}")
+    if cfg.repeat and not draws_rows(cfg):
+        raise ValueError(f"--repeat {cfg.repeat}: only for scenes without --limit; the rows of {cfg.data} come again as they are")
     check_sizes(cfg, "limit", "repeat", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
     check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
     check_data(cfg.data, cfg.val_data)
@@ -222,8 +229,7 @@ def main(cfg: Config) -> None:
             if cfg.lora_rank:
                 torch.manual_seed(cfg.seed)  # a checkpoint's loading leaves the generators as they were
                 add_lora(policy, cfg.lora_rank)
-            endless = cfg.limit is None and cfg.data.startswith("scenes")
-            rows = None if endless else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
+            rows = None if draws_rows(cfg) else load_sft_rows(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_sft_rows(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
             run = Path("runs") / cfg.name
             if rank == 0:

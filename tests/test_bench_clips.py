@@ -75,3 +75,6 @@ def test_repeated_rows_come_in_the_same_batches_again(tiny):
     assert [packed.ids.tolist() for packed in endless[2]] != ids[0]
     with pytest.raises(ValueError, match="--repeat 5 is no multiple of --rows-per-step 2"):
         train_sft.check_config(replace(cfg, repeat=5))
+    for other in (dict(limit=8), dict(data="OX-PIXL/STVQA-7K@train")):
+        with pytest.raises(ValueError, match="--repeat 4: only for scenes without --limit"):
+            train_sft.check_config(replace(cfg, **other))
