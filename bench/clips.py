@@ -191,7 +191,7 @@ def answer_all(cfg: Config, checkpoints: dict[str, str]) -> dict[str, dict]:
 
     {checkpoint: {control: {"greedy map": [a number a question], ...}}}, and {"category": [...]} of the questions."""
     me = [sys.executable, "-m", "bench.clips", "--out", str(cfg.out), "--limit", str(cfg.limit), "--samples", str(cfg.samples),
-          "--level", cfg.level]  # fmt: skip
+          "--level", cfg.level, "--seed", str(cfg.seed)]  # fmt: skip
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(checkpoints)))}
     children = [subprocess.Popen([*me, "--only-score", path], env=os.environ | threads) for path in checkpoints.values()]
     if any([child.wait() for child in children]):

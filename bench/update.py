@@ -44,6 +44,8 @@ class Config:
 def main(cfg: Config) -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.largest and device.type != "cuda":
+        raise SystemExit("--largest asks what fits a GPU, and there is none here")
     policy, processor = load_policy(
         cfg.model, dtype=compute_dtype("auto", device.type), device=str(device), never_stop=True, kernels=cfg.kernels == "auto"
     )  # fmt: skip
