@@ -3,7 +3,8 @@
     share, cursor, metrics = collect(cfg, policy, rollout, processor, pool, rows, cursor, step, clock, rank, world)
 
 Rows come from one endless global order, so the whole state of the data is the cursor, one integer. Every rank samples its own
-rows; afterwards whole groups move, so that each optimiser step costs every rank the same. cfg is train_grpo.Config throughout.
+rows; afterwards whole groups move, so that each optimiser step costs every rank the same. cfg is train_grpo.Config throughout;
+take(), encoding() and validate() serve train_sft.py too.
 """
 
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ def collect(cfg, policy: Policy, rollout, processor, pool, rows: list[dict], cur
         metrics |= fall_asleep(rollout, clock) | {"sampling/rounds": round + 1, "sampling/drawn": len(drawn)}
     tokens = 0
     for prefix, found in (("reward", sampled), ("shuffled", shuffled)):
-        groups, parts = [group for group, _ in found.values()], [part for _, own in found.values() for part in own]
-        metrics |= reward_metrics(prefix, parts, groups)
+        groups = [group for group, _ in found.values()]
+        metrics |= reward_metrics(prefix, [part for _, parts in found.values() for part in parts], groups)
         tokens += sum(len(c.token_ids) for group in groups for c in group)
     metrics |= {"reward/flat_groups": 1 - len(live) / len(drawn), "speed/sampled_tokens": float(sum(ranks.gather(tokens)))}
     share = deal(cfg, drawn, prompts, sampled, live, processor, world)
@@ -151,8 +152,8 @@ def encoding(cfg) -> dict:
 # ---------------------------------------------------------------- rewards
 
 
-def score(pool, rows: list[dict], groups: list[list], cfg) -> tuple[Tensor, list[dict]]:
-    """Rewards (B, G) and every part by name, a dict a completion in the same order."""
+def score(pool, rows: list[dict], groups: list[list], cfg) -> list[dict]:
+    """The reward of every completion, in the same order: `total` and its other parts by name."""
     completions = [c for group in groups for c in group]
     parts = pool.score([c.text for c in completions], [row for row, group in zip(rows, groups) for _ in group])
     if len(parts) >= 16 and all("error" in part for part in parts):  # one failure costs its sample, this is a broken reward
@@ -164,13 +165,13 @@ def score(pool, rows: list[dict], groups: list[list], cfg) -> tuple[Tensor, list
             if (missing := weights.keys() - own.keys()) and "error" not in own:  # a sample that failed has no parts
                 raise ValueError(f"--part-weights: the reward {cfg.reward} has no part {missing.pop()!r}, only {', '.join(own)}")
             own["total"] = sum(weight * own.get(name, 0.0) for name, weight in weights.items())
-    return torch.tensor([p["total"] for p in parts]).view(len(groups), -1), parts
+    return parts
 
 
 def score_groups(cfg, pool, rows: list[dict], groups: list[list], others: list[list]) -> tuple[list, list]:
     """The reward's parts of every group, and of the completions on shuffled frames, whose only use is SpaceR's term: both
     terms of a group (2.5) are added to `total`, and kept as parts `temporal_term` and `length_term`."""
-    _, parts = score(pool, rows, groups, cfg)
+    parts = score(pool, rows, groups, cfg)
     by_group = [parts[i : i + cfg.group_size] for i in range(0, len(parts), cfg.group_size)]
     answers = [(row, c.text) for row, other in zip(rows, others, strict=True) for c in other]
     scored = iter(pool.score([text for _, text in answers], [row for row, _ in answers]))
@@ -201,7 +202,7 @@ def part_weights(cfg) -> dict[str, float]:
 
 def check_parts(pool, rows: list[dict], cfg) -> None:
     """A part of the reward that is needed and not there: one line now, not after the first rollout."""
-    _, [parts] = score(pool, rows[:1], [[Completion([], [], "", False)]], cfg)
+    [parts] = score(pool, rows[:1], [[Completion([], [], "", False)]], cfg)
     if (cfg.temporal or cfg.length_control) and not parts.keys() & {"accuracy", "error"}:
         raise ValueError("--temporal and --length-control need a reward with a part accuracy; "
                          f"{cfg.reward} has {', '.join(parts)}")  # fmt: skip
@@ -215,5 +216,4 @@ def validate(rollout, policy, processor, pool, rows: list[dict], cfg, rank: int,
     groups = rollout.generate(prompts, n=1, max_tokens=cfg.max_completion_tokens, temperature=cfg.val_temperature,
                               seed=cfg.seed) if own else []  # fmt: skip
     rollout.sleep()
-    _, parts = score(pool, own, groups, cfg) if own else (None, [])
-    return reward_metrics("val", parts, groups)
+    return reward_metrics("val", score(pool, own, groups, cfg), groups)

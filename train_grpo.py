@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=4 train_grpo.py spatialthinker-7b           the published recipe on your box
     python train_grpo.py spatialthinker-3b --dry-run                      rows, one prompt, lengths, memory; no training
 
-One step, from top to bottom of `main`: rows -> sample G completions each -> rewards (B, G) -> advantages (B, G) ->
-packed micro-batches -> clipped policy loss + KL to the frozen start -> optimiser step. Differences from the published
+One step of `train`: rows -> sample G completions each -> rewards (B, G), all in sampling.py -> advantages (B, G) -> packed
+micro-batches -> clipped policy loss + KL to the frozen start -> optimiser step. Differences from the published
 SpatialThinker code, each on purpose: the loss is a sum over global counts (not a mean of micro-batch means); a group of
 equal rewards gets exactly 0; the first learning rate is not 0; old log-probs need a pass of their own only when a
 rollout is used for several optimiser steps; overlong prompts are dropped at load, never cut.
@@ -61,7 +61,9 @@ class Config:
     seed: int = 1  # of everything drawn: order of the rows, samples, random weights
 
     # prompts
-    style: str = "row"  # spatialthinker, reasoning, no_reasoning, reasoning_end, short, row (the row's own), or a file
+    # spatialthinker, reasoning, no_reasoning, reasoning_end, short, spacer and spacer_map (short_map for small models; both
+    # ask for a map), row (the row's own), or a file
+    style: str = "row"
     box_frame: str = "original"  # boxes in pixels of the original (published) or the resized picture
     min_pixels: int = 512 * 512  # pictures are resized into this range before the processor sees them
     max_pixels: int = 2048 * 2048  # the upper end of that range

@@ -99,10 +99,10 @@ class Pool:
 
 def test_parts_are_weighted_by_flags():
     cfg = Config(part_weights="accuracy=2,format=0.2,overlong=1", max_completion_tokens=10, overlong_buffer=4)
-    totals, parts = score(Pool(), [{}], [completions(2, 8)], cfg)
-    torch.testing.assert_close(totals, torch.tensor([[2.1, 2.1 - 0.5]]))
+    parts = score(Pool(), [{}], [completions(2, 8)], cfg)
+    assert [part["total"] for part in parts] == pytest.approx([2.1, 2.1 - 0.5])
     assert parts[1]["overlong"] == -0.5 and parts[0]["repetition"] <= 0
-    assert score(Pool(), [{}], [completions(2, 8)], Config())[0].tolist() == [[1.0, 1.0]]
+    assert [part["total"] for part in score(Pool(), [{}], [completions(2, 8)], Config())] == [1.0, 1.0]
 
 
 def test_weights_that_make_no_sense_are_one_line():
@@ -135,8 +135,8 @@ def test_a_failed_sample_has_no_parts_to_weigh():
         def score(self, texts, rows):
             return [{"total": 0.0, "error": "raised: no"} for _ in texts]
 
-    totals, _ = score(Failing(), [{}], [completions(2, 3)], Config(part_weights="accuracy=1,overlong=1"))
-    assert totals.tolist() == [[0.0, 0.0]]
+    parts = score(Failing(), [{}], [completions(2, 3)], Config(part_weights="accuracy=1,overlong=1"))
+    assert [part["total"] for part in parts] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda0", "meta"])
@@ -194,4 +194,4 @@ def test_a_reward_that_fails_on_everything_ends_the_run():
 
     with pytest.raises(RuntimeError, match="all 16 samples of this step: KeyError: 'gold_box'; texts in runs/x/failures.jsonl"):
         score(Broken(), [{}], [completions(*[1] * 16)], Config())
-    assert score(Broken(), [{}], [completions(1, 1)], Config())[0].tolist() == [[0.0, 0.0]], "a few may fail"
+    assert [part["total"] for part in score(Broken(), [{}], [completions(1, 1)], Config())] == [0.0, 0.0], "a few may fail"
