@@ -662,7 +662,6 @@ def test_every_mend_of_the_two_lists_is_named_where_the_code_mends():
     assert [name for name in listed if not re.search(rf"(?:_|# .*){name}\b", code)] == []
 
 
-
 @pytest.mark.parametrize("mode", R.MODES)
 def test_4096_completions_take_at_most_one_second_on_one_core(mode):
     """The issue's bound is one second on two cores; this is one process's CPU time, the best of three."""
