@@ -56,13 +56,17 @@ def gather(value) -> list:
     return everyone
 
 
-def spread(function: Callable[[list], list], items: list) -> list:
-    """function(items), where every rank does its share of them. The result is the same on all; it must pickle."""
+def spread(function: Callable[[list], list], items: list, *, part: int = 4096) -> list:
+    """function(items), where every rank does its share of them; the result is the same on all, and must pickle. `part` items
+    at a time: a rank that waits for another waits minutes, not until the process group gives up."""
     if not several():
         return function(items)
-    world = dist.get_world_size()
-    found = gather(function(items[dist.get_rank() :: world]))
-    return [found[i % world][i // world] for i in range(len(items))]
+    rank, world, out = dist.get_rank(), dist.get_world_size(), []
+    for start in range(0, len(items), part):
+        some = items[start : start + part]
+        found = gather(function(some[rank::world]))
+        out += [found[i % world][i // world] for i in range(len(some))]
+    return out
 
 
 def barrier() -> None:

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import runs
@@ -390,16 +391,19 @@ def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[di
 
 def fitting(cfg, rows: list[dict], source: str, processor) -> list[dict]:
     """The rows whose pictures and clips decode and whose prompts fit. Ranks share the decoding: of clips it takes hours, once."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    progress, began, seen = runs.Progress(-(-len(rows) // world), unit="row", rank=rank), time.monotonic(), 0
 
-    def measure(own: list[dict]) -> list:
-        progress, began = runs.Progress(len(own), unit="row", rank=rank), time.monotonic()
-        found = measure_rows(own, done=lambda i: progress.show(i, {}) if time.monotonic() - began > 5 else None)
-        progress.close()
-        return found
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        if time.monotonic() - began > 5:  # pictures take seconds
+            progress.show(seen - 1, {})
 
-    kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, measured=ranks.spread(measure, rows),
-                               verbose=rank == 0, **encoding(cfg))  # fmt: skip
+    measured = ranks.spread(partial(measure_rows, done=count), rows)
+    progress.close()
+    kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, measured=measured, verbose=rank == 0,
+                               **encoding(cfg))  # fmt: skip
     if not kept:
         raise ValueError(f"{source}: no row left of {len(rows)} ({counts}); raise --max-prompt-tokens or check the file")
     return kept

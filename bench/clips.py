@@ -80,6 +80,8 @@ KEPT = ("step", "loss/sft", "val/map", "val/answer", "reward/total", "reward/map
 
 
 def main(cfg: Config) -> None:
+    if cfg.seed == 0:
+        raise SystemExit("--seed 0 draws the supervised rooms where GRPO draws its own: give 1 or more")
     cfg.out.mkdir(parents=True, exist_ok=True)
     if cfg.rehearse:
         cfg = replace(cfg, sees_steps=3, careless_steps=2, grpo_steps=2, rows=4, distinct=8, prompts=2, limit=12, samples=2,

@@ -313,14 +313,14 @@ def encode_rows(rows: list[dict], processor, *, style: str, max_prompt_tokens: i
 
 
 def measure_rows(rows: list[dict], *, frame_rule: str = "train",
-                 done: Callable[[int], None] = lambda i: None) -> list[list[tuple[int, int]] | BrokenPicture]:
+                 done: Callable[[], None] = lambda: None) -> list[list[tuple[int, int]] | BrokenPicture]:
     """What sizes_or_error() says of every row, in threads: pictures are decoded once to know that they can be, and not kept;
-    the frames of clips are (data/video.py). done(i) is called after row i."""
-    out = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, found in enumerate(pool.map(partial(sizes_or_error, frame_rule=frame_rule), rows)):
+    the frames of clips are (data/video.py). done() is called after every row."""
+    out, ranks_here = [], int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun
+    with ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here)) as pool:
+        for found in pool.map(partial(sizes_or_error, frame_rule=frame_rule), rows):
             out.append(found)
-            done(i)
+            done()
     return out
 
 

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from .row_logprob import IGNORE, has_kernel, logits_logprob_reference, row_dz, row_stats
 
 CHUNK_BYTES = int(3.5 * 2**30)  # a block of logits in fp32 and its gradient in bf16: 4096 rows of Qwen's vocabulary
-INNER = 2048  # of a product with fp32 result; at 3584 in one piece log-probs are off by 3.1e-5 on an H200, in two by 1.6e-5
+INNER = 2048  # of a product with fp32 result; at 3584 in one piece log-probs are off by 3.1e-5 on an H200, in two by 1.5e-5
 REFERENCE_LOGITS = 2048 * 151_936  # the reference holds several fp32 copies of a chunk
 
 

@@ -232,7 +232,7 @@ def worker(out: Path) -> None:
     found["gathered"] = ranks.gather({"rank": rank})
     found["spread"] = [
         (by, item, str(error)) for by, item, error in
-        ranks.spread(lambda items: [(rank, item, BrokenPicture(f"no {item}")) for item in items], list(range(5)))
+        ranks.spread(lambda items: [(rank, item, BrokenPicture(f"no {item}")) for item in items], list(range(5)), part=4)
     ]  # fmt: skip
     torch.save(found, out / f"rank{rank}.pt")
     ranks.leave()
