@@ -173,7 +173,7 @@ def score_groups(cfg, pool, rows: list[dict], groups: list[list], others: list[l
     terms of a group (2.5) are added to `total`, and kept as parts `temporal_term` and `length_term`."""
     parts = score(pool, rows, groups, cfg)
     by_group = [parts[i : i + cfg.group_size] for i in range(0, len(parts), cfg.group_size)]
-    scored = iter(score(pool, rows, others, cfg))
+    scored = iter(score(pool, rows, others, cfg) if any(others) else [])
     of_others = [[next(scored) for _ in other] for other in others]
     if not (cfg.temporal or cfg.length_control):
         return by_group, of_others

@@ -281,7 +281,8 @@ def test_a_run_whose_engine_dies_says_so_and_resumes(tmp_path):
     assert "EngineDied: the vLLM engine died in generate: MemoryError: no memory left" in last and "--resume" in last
     assert "VLLMRollout, from step 0" in died.stdout and "log-probs differ by 0.0000 on average" in died.stdout
     assert [p.name for p in folder.glob("step_*")] == ["step_1"]
-    resumed = launch(tmp_path, str(ROOT / "train_grpo.py"), *DEMO, "--resume")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")  # one rank: once the engine never started
+    resumed = launch(tmp_path, *torchrun, str(ROOT / "train_grpo.py"), *DEMO, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 1" in resumed.stdout
     lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -5,6 +5,7 @@ import torch
 from kernel_cases import DEVICE, close, double, spiky, triton_only
 
 from kernels import linear_policy_loss as module
+from kernels import logprob
 from kernels.linear_policy_loss import linear_policy_loss
 from kernels.logprob import token_logprob
 from kernels.policy_loss import KL_ESTIMATORS, policy_loss
@@ -128,7 +129,8 @@ def test_three_products_a_chunk_two_with_a_frozen_head_one_without_gradients(mon
     arguments, near, options = batch()
     hidden, weight = arguments[:2]
     products, inner = [], module.matmul_into
-    monkeypatch.setattr(module, "matmul_into", lambda *a, **k: products.append(tuple(a[0].shape)) or inner(*a, **k))
+    for place in (module, logprob):  # gradients, logits
+        monkeypatch.setattr(place, "matmul_into", lambda *a, **k: products.append(tuple(a[0].shape)) or inner(*a, **k))
 
     def count(**given):
         products.clear()
