@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.dataset import engine_clip
 from model import FAMILIES, Policy, banned_ids, compute_dtype, load_model, mrope_positions, shown_ids, stop_ids, weights
 
 COMPACT = 0.75  # drop finished rows from the batch once so few are live: each drop copies the cache
@@ -276,12 +275,6 @@ def prompt_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 2  # 62 bits: an int64 with room for + i
 
 
-def engine_input(prompt) -> dict:
-    """What vLLM is asked: unexpanded ids, and pictures, a clip or nothing."""
-    media = engine_clip(prompt) if prompt.seconds is not None else {"multi_modal_data": {"image": prompt.images}}
-    return {"prompt_token_ids": prompt.ids, **(media if prompt.images else {})}
-
-
 def gpu_used() -> float:
     """GiB in use on this GPU, by whomever."""
     free, total = torch.cuda.mem_get_info()
@@ -405,7 +398,7 @@ class VLLMRollout:
                                  f"engine was started for {self.length} together: raise --max-prompt-tokens, or drop the row")  # fmt: skip
         counts = each(n, prompts)
         copies = counts if temperature == 0 else [1] * len(counts)  # greedily vLLM refuses n > 1: n times the one answer
-        inputs = [engine_input(prompt) for prompt in prompts]
+        inputs = [{"prompt_token_ids": prompt.ids, **prompt.engine_media} for prompt in prompts]
         params = [
             self.vllm.SamplingParams(
                 n=count // copied, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0, logprobs=0,

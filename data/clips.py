@@ -35,7 +35,7 @@ from data.drawing import COLOURS, Draw
 from data.questions import plural
 from data.solids import View, look, project
 from data.staging import draw_world, extents, ranges
-from data.video import RULES
+from data.video import RULES, keep_arrays
 from data.world import FURNITURE, SIMPLE, TURNS, Thing, World, collide, distance, footprint, gap, shows_itself
 
 _CLIP = {
@@ -436,11 +436,7 @@ def clip_row(seed: int, level: str, k: dict) -> dict:
             row = json.loads(str(data["row"]))
             return {**row, "size": tuple(row["size"]), "video": [Image.fromarray(frame) for frame in data["frames"]]}
     row = drawn_row(seed, level, k)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    with open(partial, "wb") as out:  # a file object: to a name, numpy would add .npz
-        np.savez(out, frames=np.stack(row["video"]), row=json.dumps({**row, "video": None}))
-    partial.replace(file)  # whole or not at all; of two processes either one's is right
+    keep_arrays(file, frames=np.stack(row["video"]), row=json.dumps({**row, "video": None}))
     return row
 
 

@@ -191,6 +191,17 @@ class Prompt:
     fps: float | None = None  # of a clip's frames: temporal patch / seconds; None for pictures
     seconds: float | None = None  # of a clip, by step of t; a number that bfloat16 holds, to which the engine rounds it
 
+    @property
+    def engine_media(self) -> dict:
+        """What vLLM takes beside `prompt_token_ids`: pictures, a clip, or nothing. Without video_metadata it would take a
+        clip's frames for 24 a second, whatever `fps` is given: docs/video.md."""
+        if self.seconds is None:
+            return {"multi_modal_data": {"image": self.images}} if self.images else {}
+        count = len(self.images)
+        metadata = {"fps": self.fps, "total_num_frames": count, "frames_indices": list(range(count))}
+        return {"multi_modal_data": {"video": np.stack(self.images)},
+                "mm_processor_kwargs": {"video_metadata": [metadata], **NO_CHANGE}}  # fmt: skip
+
 
 def encode(row: dict, processor, *, style: str, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
            frame_rule: str = "train", max_frames: int | None = None) -> Prompt:
@@ -233,15 +244,6 @@ def shuffled_clip(prompt: Prompt, processor, *, seed: int) -> Prompt:
     """The same prompt with its frames in random order, for SpaceR's temporal term (2.5 of its notes)."""
     frames = [prompt.images[k] for k in np.random.default_rng(seed).permutation(len(prompt.images))]
     return replace(prompt, pixels=clip_pixels(frames, processor)[0], images=frames)
-
-
-def engine_clip(prompt: Prompt) -> dict:
-    """What vLLM takes for a prompt with a clip beside `prompt_token_ids`. Without video_metadata it would take the frames
-    for 24 a second, whatever `fps` is given: docs/video.md."""
-    count = len(prompt.images)
-    metadata = {"fps": prompt.fps, "total_num_frames": count, "frames_indices": list(range(count))}
-    return {"multi_modal_data": {"video": np.stack(prompt.images)},
-            "mm_processor_kwargs": {"video_metadata": [metadata], **NO_CHANGE}}  # fmt: skip
 
 
 def prompt_ids(row: dict, processor, style: str) -> list[int]:

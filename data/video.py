@@ -176,12 +176,17 @@ def kept_clip(path: Path, span: tuple | None, how: dict) -> Clip:
             frames = [Image.fromarray(frame) for frame in data["frames"]]
             return Clip(frames, float(data["fps"]), data["indices"].tolist(), data["times"].tolist())
     clip = read_clip(path, span, how)
+    keep_arrays(file, frames=np.stack(clip.frames), fps=clip.fps, indices=clip.indices, times=clip.times)
+    return clip
+
+
+def keep_arrays(file: Path, **arrays) -> None:
+    """Writes an .npz, whole or not at all; of two processes that do, either one's is right."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.tmp")
     with open(partial, "wb") as out:  # a file object: to a name, numpy would add .npz
-        np.savez(out, frames=np.stack(clip.frames), fps=clip.fps, indices=clip.indices, times=clip.times)
-    partial.replace(file)  # whole or not at all; of two processes either one's is right
-    return clip
+        np.savez(out, **arrays)
+    partial.replace(file)
 
 
 def read_clip(path: Path, span: tuple | None, how: dict) -> Clip:

