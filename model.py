@@ -182,16 +182,18 @@ def patch_embed_as_product(embed: nn.Module) -> None:
 
 def align_mlp(mlp: nn.Module, multiple: int = 8) -> None:
     """The vision tower's 3,420 columns are no multiple of 8, and cuBLAS has no fast kernel for such rows: the products are
-    done with zero columns added. A zero column of gate and up stays zero behind the activation, and nothing reads it."""
+    done with zero columns added, gate and up in one. A zero column stays zero behind the activation, and nothing reads it."""
     extra = -mlp.gate_proj.out_features % multiple
     if not extra:
         return
 
     def forward(self, x: Tensor) -> Tensor:  # (patches, width) -> (patches, width)
-        gate, up = (
-            F.linear(x, F.pad(part.weight, (0, 0, 0, extra)), F.pad(part.bias, (0, extra))) for part in (self.gate_proj, self.up_proj)
-        )
-        return F.linear(self.act_fn(gate) * up, F.pad(self.down_proj.weight, (0, extra)), self.down_proj.bias)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        rows = gate.weight.new_zeros(extra, gate.in_features)
+        weight = torch.cat([gate.weight, rows, up.weight, rows])
+        bias = torch.cat([gate.bias, rows[:, 0], up.bias, rows[:, 0]])
+        gated, upper = F.linear(x, weight, bias).chunk(2, dim=-1)  # (patches, columns + extra) each
+        return F.linear(self.act_fn(gated) * upper, F.pad(down.weight, (0, extra)), down.bias)
 
     mlp.forward = MethodType(forward, mlp)
 
@@ -206,9 +208,20 @@ def use_liger(model) -> None:
     modeling = sys.modules[type(model).__module__]
     getattr(liger, FAMILIES[model.config.model_type]["liger"])(model=model, rope=False, fused_linear_cross_entropy=False)
     # Liger patches a function of transformers 4; now the layers call this one, with mrope's sections merged already.
-    if modeling.apply_rotary_pos_emb.__module__ == modeling.__name__:
-        plain = modeling.apply_rotary_pos_emb
-        modeling.apply_rotary_pos_emb = lambda q, *rest: (liger.liger_rotary_pos_emb if q.is_cuda else plain)(q, *rest)
+    if modeling.apply_rotary_pos_emb.__module__ != modeling.__name__:
+        return  # done for another model
+    plain, plain_vision = modeling.apply_rotary_pos_emb, modeling.apply_rotary_pos_emb_vision
+
+    def vision_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """q and k (patches, heads, d), cos and sin (patches, d). Liger's own for vision casts to fp32 and back around its
+        kernel, which computes in cos' precision anyway."""
+        if not q.is_cuda:
+            return plain_vision(q, k, cos, sin)
+        turned = liger.liger_rotary_pos_emb(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k)), cos.float(), sin.float())
+        return tuple(x.squeeze(0).transpose(0, 1) for x in turned)
+
+    modeling.apply_rotary_pos_emb = lambda q, *rest: (liger.liger_rotary_pos_emb if q.is_cuda else plain)(q, *rest)
+    modeling.apply_rotary_pos_emb_vision = vision_rope
 
 
 def banned_ids(processor, model, extra: tuple[int, ...] = ()) -> Tensor:
