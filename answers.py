@@ -73,14 +73,21 @@ def swapped_pictures(rows: list[dict], seed: int) -> dict[str, dict | None]:
 
 def picture_key(row: dict, seed: int) -> str:
     """A number of the pictures' content: one photo may stand in many rows, and under several names."""
-    digest = hashlib.sha256(f"{seed}{row.get('video') or ''}".encode())  # a video's path: its content is gigabytes
-    for picture in row["images"]:
-        if isinstance(picture, Image.Image):
-            picture = repr(picture.size).encode() + picture.tobytes()
-        elif isinstance(picture, str):
-            picture = Path(picture).read_bytes() if Path(picture).is_file() else picture.encode()
-        digest.update(hashlib.sha256(picture).digest())
+    video = row.get("video") or ""
+    frames = video if isinstance(video, list) else []
+    digest = hashlib.sha256(f"{seed}{'' if frames else video}".encode())  # a file's path: its content is gigabytes
+    for picture in [*frames, *row["images"]]:
+        digest.update(picture_digest(picture).encode())
     return digest.hexdigest()
+
+
+def picture_digest(picture: Image.Image | bytes | str) -> str:
+    """Of what a picture shows; of a file its bytes, of a name without file itself."""
+    if isinstance(picture, Image.Image):
+        picture = repr(picture.size).encode() + picture.tobytes()
+    elif isinstance(picture, str):
+        picture = Path(picture).read_bytes() if Path(picture).is_file() else picture.encode()
+    return hashlib.sha256(picture).hexdigest()
 
 
 def video_problem(row: dict) -> str | None:

@@ -313,8 +313,9 @@ def identity(cfg: Config, rows: list[dict]) -> dict:
     """The settings that decide the answers, with the contents of weights, rows and prompt text as hashes: a checkpoint
     trained anew under its old name must not inherit the answers of the one before."""
     template = "" if cfg.style == "row" else PROMPTS.get(cfg.style) or read_template(cfg.style)
-    keys = ("id", "question", "options", "gold", "kind", "size", "scene", "problem", "style")
-    content = json.dumps([template, [[row[key] for key in keys] for row in rows]])
+    keys = ("id", "question", "options", "gold", "kind", "size", "scene", "problem", "style", "map", "span", "fps")
+    files = [[Path(one).name for one in (row.get("video"), *row["images"]) if isinstance(one, str)] for row in rows]
+    content = json.dumps([template, files, [[row.get(key) for key in keys] for row in rows]])
     others = ("out", "batch", "device", "rescore", "compare", "list", "image", "question", "options", "data_root",
               "parallel", "timeout", "price")  # fmt: skip
     return {

@@ -74,10 +74,11 @@ class LossStats:
 
 
 def reward_metrics(prefix: str, parts: list[dict], groups: list[list]) -> dict[str, float]:
-    """Means over all ranks of every reward part, of the completions' length in tokens, and of how many were cut."""
+    """Means over all ranks of every reward part, of the completions' length in tokens, of how many were cut, and of how many
+    the reward failed on."""
     own = [
         {**{k: v for k, v in part.items() if isinstance(v, (int, float))},
-         "length": len(c.token_ids), "truncated": float(not c.finished)}
+         "length": len(c.token_ids), "truncated": float(not c.finished), "failed": float("error" in part)}
         for part, c in zip(parts, (c for group in groups for c in group), strict=True)
     ]  # fmt: skip
     everyone = [record for records in ranks.gather(own) for record in records]

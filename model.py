@@ -1,7 +1,7 @@
 """Load a vision-language model, pack groups of completions, and compute their log-probabilities.
 
     policy, processor = load_policy("Qwen/Qwen2.5-VL-3B-Instruct")      or a folder, or random:tiny | demo | 3b | 7b
-    for packed in pack(prompts, groups, advantages, policy, token_budget=16384):
+    for packed in pack(prompts, groups, policy.config, advantages=advantages, token_budget=16384):
         logp, entropy = policy(packed.to(device), temperature=1.0)      # (M,) one number a completion token
 
 Packed groups are the only layout: a group is its prompt once, then its G completions, each continuing the prompt's
@@ -249,12 +249,19 @@ def shown_ids(config) -> tuple[int, int]:
     return config.image_token_id, config.video_token_id
 
 
+def check_clips(config) -> None:
+    if not hasattr(config.vision_config, "tokens_per_second"):  # Qwen3-VL writes times into its prompt instead
+        raise ValueError(f"{config.model_type}: clips are shown to Qwen2.5-VL only; give rows of pictures, or another --model")
+
+
 def mrope_positions(ids: list[int], grid: Tensor | None, config, seconds: float | None = None) -> Tensor:
     """Temporal, height and width position of every prompt token: expanded ids (P,), grid (pictures, 3) -> (3, P).
 
     Text counts up on all three rows; a picture of h x w merged patches keeps time still, spreads rows and columns, and
     moves the count on by max(h, w). Computed once for both sides: in transformers 5 a missing token-type row silently
     gives 1-D positions."""
+    if seconds is not None:
+        check_clips(config)
     merge = config.vision_config.spatial_merge_size
     sizes = iter([] if grid is None else grid.tolist())
     parts, count, i = [], 0, 0

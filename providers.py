@@ -338,15 +338,3 @@ def cost(model: str, tokens_in: int, tokens_out: int, price: tuple[float, float]
     """Dollars; price: for a million tokens (in, out). None if neither it nor PRICES knows the model."""
     price = price or PRICES.get(model)
     return None if price is None else (tokens_in * price[0] + tokens_out * price[1]) / 1e6
-
-
-def tally(replies: Iterable[Reply], *, model: str = "", price: tuple[float, float] | None = None) -> dict:
-    """{"requests", "failed", "retries", "tokens_in", "tokens_out", "cost"}; attempts that failed are not in the tokens,
-    since no server says what they used."""
-    replies = list(replies)
-    tokens_in, tokens_out = (sum(getattr(reply, key) or 0 for reply in replies) for key in ("tokens_in", "tokens_out"))
-    return {
-        "requests": len(replies), "failed": sum(reply.error is not None for reply in replies),
-        "retries": sum(max(reply.attempts - 1, 0) for reply in replies),
-        "tokens_in": tokens_in, "tokens_out": tokens_out, "cost": cost(model, tokens_in, tokens_out, price),
-    }  # fmt: skip

@@ -64,8 +64,8 @@ def spread(function: Callable[[list], list], items: list, *, part: int = 4096) -
     rank, world, out = dist.get_rank(), dist.get_world_size(), []
     for start in range(0, len(items), part):
         some = items[start : start + part]
-        found = gather(function(some[rank::world]))
-        out += [found[i % world][i // world] for i in range(len(some))]
+        share = -(-len(some) // world)  # neighbours stay together: rows that share a clip
+        out += [one for found in gather(function(some[rank * share : (rank + 1) * share])) for one in found]
     return out
 
 

@@ -673,7 +673,9 @@ def parse_map(text: str, names: list[str]) -> dict[str, list[list[int]]]:
         return _map_of_prose(text, sorted(known))
     points: dict[str, list[list[int]]] = {}
     for key, value in found.items():
-        key = str(key).lower().strip()
+        if not isinstance(key, str):  # str() of a number may raise: more digits than Python writes
+            continue
+        key = key.lower().strip()
         if peeled := MAP_KEY.fullmatch(key):
             key = peeled[1]
         spots = [spot for item in (value if isinstance(value, list) else [value]) if (spot := _spot(item))]
@@ -723,13 +725,14 @@ def map_score(pred: dict, gold: dict, grid: int = GRID, *, mode: str = "upstream
     1 - distance / diagonal, the mean over gold's instances (2.4). Both {category: [[x, y], ...]} in cells of a grid x
     grid map. Gold without any instance: 1 for an empty prediction, else 0, where upstream raises.
 
-    mode="corrected": each predicted category less what a random map gets, and so 0 for chance; below 0 in all is 0."""
+    mode="corrected": each predicted category less what a random map gets, and so 0 for chance; below 0 in all is 0, and so
+    is everything about gold without any instance."""
     corrected = _is_corrected(mode)
     if corrected:
         pred, gold = _mend_names(pred), _mend_names(gold)
     weight = sum(len(spots) for spots in gold.values())
     if weight == 0:
-        return float(not pred)
+        return float(not pred and not corrected)
     score = 0.0
     for name, spots in gold.items():
         worth = _near(pred.get(name, ()), spots, grid)

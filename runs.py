@@ -38,7 +38,7 @@ PACKAGES = (
     "liger-kernel", "bitsandbytes", "datasets", "pillow", "numpy", "scipy", "spacy", "rouge-score",
 )
 STOP_FILE = "stop"  # touch runs/<name>/stop ends a run as SIGTERM does
-NOT_PARTS = {"length", "truncated", "flat_groups"}  # logged beside the rewards, on other scales
+NOT_PARTS = {"length", "truncated", "failed", "flat_groups"}  # logged beside the rewards, on other scales
 COLOURS = ("#1f4e79", "#c8553d", "#3a7d44", "#8e6c8a", "#c99a2e", "#4a9aa8", "#7f7f7f")  # the total's, then the parts'
 
 

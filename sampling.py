@@ -7,6 +7,8 @@ rows; afterwards whole groups move, so that each optimiser step costs every rank
 take(), encoding() and validate() serve train_sft.py too.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +16,13 @@ from torch import Tensor
 
 import ranks
 import rewards
+import scoring
 from data.dataset import encode, shuffled_clip
 from metrics import Clock, reward_metrics
 from model import Policy, group_tokens, weights
 from rollout import Completion, prompt_seed
+
+BROKEN = 16  # samples that a reward fails on without a good one, until the run ends
 
 
 @dataclass
@@ -140,6 +145,12 @@ def take(rows: list[dict], cursor: int, count: int, seed: int) -> list[dict]:
     return out
 
 
+def fingerprint(rows: list[dict] | None) -> str:
+    """Of what take() draws from: the cursor of a checkpoint means nothing on other rows. None: drawn without end."""
+    ids = hashlib.sha256(json.dumps([row["id"] for row in rows or ()]).encode()).hexdigest()
+    return "endless" if rows is None else f"{len(rows)} rows, {ids[:12]}"
+
+
 def sampling_seed(cfg, step: int, rank: int, round: int = 0) -> int:
     """Different for every step, rank and round of dynamic sampling, the same when a run is resumed."""
     return (cfg.seed * 1_000_003 + step) * 1_009 + rank + (round << 48)
@@ -156,8 +167,9 @@ def score(pool, rows: list[dict], groups: list[list], cfg) -> list[dict]:
     """The reward of every completion, in the same order: `total` and its other parts by name."""
     completions = [c for group in groups for c in group]
     parts = pool.score([c.text for c in completions], [row for row, group in zip(rows, groups) for _ in group])
-    if len(parts) >= 16 and all("error" in part for part in parts):  # one failure costs its sample, this is a broken reward
-        raise RuntimeError(f"the reward failed on all {len(parts)} samples of this step: {parts[0]['error']}; texts in {pool.file}")
+    # One failure costs its sample. All of many, in one call or since the start, are a broken reward.
+    if all("error" in part for part in parts) and (len(parts) >= BROKEN or sum(pool.failures.values()) == pool.scored >= BROKEN):
+        raise RuntimeError(f"the reward failed on all of the last {len(parts)} samples: {parts[0]['error']}; texts in {pool.file}")
     if weights := part_weights(cfg):
         for c, own in zip(completions, parts):
             own["repetition"] = rewards.repetition_penalty(c.text)
@@ -199,12 +211,17 @@ def part_weights(cfg) -> dict[str, float]:
     return weights
 
 
-def check_parts(pool, rows: list[dict], cfg) -> None:
-    """A part of the reward that is needed and not there: one line now, not after the first rollout."""
-    [parts] = score(pool, rows[:1], [[Completion([], [], "", False)]], cfg)
-    if (cfg.temporal or cfg.length_control) and not parts.keys() & {"accuracy", "error"}:
-        raise ValueError("--temporal and --length-control need a reward with a part accuracy; "
-                         f"{cfg.reward} has {', '.join(parts)}")  # fmt: skip
+def check_reward(pool, rows: list[dict], cfg) -> None:
+    """What the reward lacks, in one line now, not after the first rollout: a package that one kind of row needs, a part that
+    a setting needs. A reward from outside may fail on a text as short as this one."""
+    some = list({row["kind"]: row for row in rows}.values())  # a row of every kind
+    found = score(pool, some, [[Completion([], [], "<answer>a word</answer>", False)] for _ in some], cfg)
+    for row, parts in zip(some, found, strict=True):
+        if "error" in parts and cfg.reward in scoring.BUILT_IN:
+            raise ValueError(f"--reward {cfg.reward} cannot score row {row['id']} ({row['kind']}): {parts['error']}")
+        if (cfg.temporal or cfg.length_control) and not parts.keys() & {"accuracy", "error"}:
+            raise ValueError("--temporal and --length-control need a reward with a part accuracy; "
+                             f"{cfg.reward} has {', '.join(parts)}")  # fmt: skip
 
 
 def validate(rollout, policy, processor, pool, rows: list[dict], cfg, rank: int, world: int) -> dict:

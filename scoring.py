@@ -230,14 +230,14 @@ class RewardPool:
 
     workers=0 scores in this process, without time limit: the default for built-in rewards. Otherwise that many
     processes, each sample limited to `time_limit` seconds; None takes one a core of this rank, at most 4.
-    `failures` is the JSONL file that keeps the failing texts (the first 1,000); `pool.failures` counts them by kind.
-    The constructor raises ValueError or FileNotFoundError (one line) when the reward cannot be loaded.
+    `failures` is the JSONL file that keeps the failing texts (the first 1,000); `pool.failures` counts them by kind,
+    `pool.scored` all texts. The constructor raises ValueError or FileNotFoundError (one line) when the reward cannot be loaded.
     """
 
     def __init__(self, spec: str, *, mode: str = "upstream", similarity: str = "lexical", workers: int | None = None,
                  time_limit: float = 10.0, failures: Path | None = None):
         self.spec, self.time_limit, self.file = spec, time_limit, failures
-        self.failures = {"raised": 0, "timeout": 0, "died": 0}
+        self.failures, self.scored = {"raised": 0, "timeout": 0, "died": 0}, 0
         self.parts: dict[str, None] = {}  # every key a result ever had, in order: batches stay alike
         self.workers: list[_Worker] = []
         self.closed = False
@@ -276,6 +276,7 @@ class RewardPool:
                 raise
         for result, _, _ in outcomes:
             self.parts.update(dict.fromkeys(result))
+        self.scored += len(outcomes)
         results = []
         for i, (result, kind, message) in enumerate(outcomes):
             results.append({"total": 0.0} | dict.fromkeys(self.parts, 0.0) | result)

@@ -40,11 +40,11 @@ from data.dataset import encode, encode_rows, load_rows, measure_rows
 from kernels.policy_loss import KL_ESTIMATORS, LOSSES
 from metrics import Clock, LossStats
 from model import (
-    Packed, Policy, frozen_copy, load_policy, pack, pack_groups, save_hf, shard_policy, weights,
+    Packed, Policy, check_clips, frozen_copy, load_policy, pack, pack_groups, save_hf, shard_policy, weights,
 )  # fmt: skip
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import HFRollout, VLLMRollout, choose_rollout
-from sampling import check_parts, collect, encoding, part_weights, validate
+from sampling import check_reward, collect, encoding, fingerprint, part_weights, validate
 
 
 @dataclass(frozen=True)
@@ -334,8 +334,9 @@ def check_config(cfg: Config, world: int) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
     check_sizes(cfg, "limit", "val_limit", "steps", "prompts_per_step", "mini_batches", "token_budget", "max_completion_tokens",
                 "rollout_sequences", "samples_every", "keep")  # fmt: skip
-    if cfg.save_every < 0:
-        raise ValueError(f"--save-every {cfg.save_every}: give 0 (never) or more")
+    check_numbers(cfg, above="lr max_grad_norm temperature max_gap reward_seconds",  # training samples: never at temperature 0
+                  from_zero="save_every val_every warmup_steps weight_decay kl_coef clip_low clip_high dual_clip std_eps "
+                            "importance_cap val_temperature max_skipped")  # fmt: skip
     if cfg.prompts_per_step % (world * cfg.mini_batches):
         raise ValueError(f"--prompts-per-step {cfg.prompts_per_step} does not divide into {world} ranks x "
                          f"{cfg.mini_batches} mini-batches")  # fmt: skip
@@ -348,8 +349,6 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.top_p < 1 and cfg.importance_cap > 0:
         raise ValueError(f"--top-p {cfg.top_p}: the rollout's log-probs are of a cut distribution then, and the importance weight "
                          "would mean nothing: add --importance-cap 0")  # fmt: skip
-    if cfg.temperature <= 0:
-        raise ValueError("--temperature: training samples, so it must be above 0")
     part_weights(cfg)
     check_data(cfg.data, cfg.val_data)
     runs.check_tracker(cfg.tracker)
@@ -370,6 +369,14 @@ def check_choices(cfg, **known: tuple[str, ...]) -> None:
     for name, names in known.items():
         if getattr(cfg, name) not in names:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: one of {', '.join(names)}")
+
+
+def check_numbers(cfg, *, above: str, from_zero: str) -> None:
+    for name in (above + " " + from_zero).split():
+        value = getattr(cfg, name)
+        if not (value > 0 if name in above.split() else value >= 0) or value == math.inf and name not in ("max_grad_norm", "max_gap"):
+            least = "above 0" if name in above.split() else "from 0 on"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number {least}")
 
 
 def check_sizes(cfg, *names: str) -> None:
@@ -424,10 +431,13 @@ def transcripts(rows, groups, parts, advantages, limit: int = 4) -> list[dict]:
 PROMPTING, ASKED_WITH = "prompting.json", ("style", "box_frame", "min_pixels", "max_pixels", "max_completion_tokens")
 
 
-def restore(folder, optimizer: MasterOptimizer, rank: int) -> dict:
+def restore(folder, optimizer: MasterOptimizer, rank: int, *, rows: list[dict] | None) -> dict:
     """Weights, optimiser and generators of a checkpoint, in full precision; returns its cursor and counters. It may have
-    been written by another number of ranks. Raises ValueError, one line, if it does not fit this run."""
+    been written by another number of ranks. Raises ValueError, one line, if it does not fit this run or its rows."""
     state = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
+    if state.get("data", fingerprint(rows)) != fingerprint(rows):
+        raise ValueError(f"{folder}: trained on {state['data']}, --data now gives {fingerprint(rows)}: bring back the rows as they "
+                         "were, or start another run from its weights (--model, --name)")  # fmt: skip
     files = sorted((folder / "trainer").glob("rank_*.pt"), key=lambda file: int(file.stem.partition("_")[2]))
     optimizer.load_state_dict([torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files])
     if rank < len(state["rng"]):
@@ -476,8 +486,10 @@ def main(cfg: Config) -> None:
             cfg = replace(cfg, shard=shard, reference=reference)
             rows = load_data(cfg, cfg.data, cfg.limit, processor)
             val_rows = load_data(cfg, cfg.val_data, cfg.val_limit, processor) if cfg.val_data else []
-            if cfg.part_weights or cfg.temporal or cfg.length_control:
-                check_parts(pool, rows, cfg)
+            if cfg.reward in scoring.BUILT_IN or cfg.part_weights or cfg.temporal or cfg.length_control:
+                check_reward(pool, rows, cfg)
+            if any(row.get("video") for row in rows + val_rows):
+                check_clips(policy.config)
             if cfg.dry_run:
                 prompts = [encode(row, processor, **encoding(cfg)) for row in rows[:64]]
                 return dry_run.show(cfg, policy, processor, prompts, len(rows), world) if rank == 0 else None
@@ -495,7 +507,7 @@ def main(cfg: Config) -> None:
             reference, optimizer = prepare(cfg, policy, reference=cfg.reference)
             state = dict(step=0, cursor=0, skipped=0)
             if cfg.resume and (newest := runs.latest_checkpoint(run)):
-                state = restore(newest[1], optimizer, rank) | {"step": newest[0]}
+                state = restore(newest[1], optimizer, rank, rows=rows) | {"step": newest[0]}
         train(cfg, policy, reference, optimizer, processor, rollout, pool, rows, val_rows, run, tracker, rank, world, state)
         ranks.leave()
 
@@ -607,7 +619,8 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
             progress.show(step, {"reward": metrics["reward/total"], "accuracy": metrics.get("reward/accuracy", 0.0)})
         if last or stopping or (cfg.save_every and (step + 1) % cfg.save_every == 0):
             if cfg.save_every:
-                save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=cursor, skipped=skipped)
+                save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=cursor, skipped=skipped,
+                     data=fingerprint(rows))  # fmt: skip
             if rank == 0:
                 runs.plot_reward(run)
         if stopping:

@@ -35,9 +35,9 @@ from metrics import Clock
 from model import Packed, Policy, add_lora, load_policy, pack
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import Completion
-from sampling import encoding, take, validate
+from sampling import encoding, fingerprint, take, validate
 from train_grpo import (
-    KERNELS, SPACER_DATA, check_choices, check_data, check_sizes, fitting, global_counts, own_rollout, prepare, restore, save, token_scale,
+    KERNELS, SPACER_DATA, check_choices, check_data, check_numbers, check_sizes, fitting, global_counts, own_rollout, prepare, restore, save, token_scale,
 )  # fmt: skip
 
 
@@ -208,6 +208,7 @@ def check_config(cfg: Config) -> None:
     if cfg.repeat and not draws_rows(cfg):
         raise ValueError(f"--repeat {cfg.repeat}: only for scenes without --limit; the rows of {cfg.data} come again as they are")
     check_sizes(cfg, "limit", "repeat", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
+    check_numbers(cfg, above="lr max_grad_norm", from_zero="val_every warmup_steps weight_decay lora_rank val_temperature")
     check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
     check_data(cfg.data, cfg.val_data)
 
@@ -243,7 +244,7 @@ def main(cfg: Config) -> None:
             start = 0
             if cfg.resume and (newest := runs.latest_checkpoint(run)):
                 start = newest[0]
-                restore(newest[1], optimizer, rank)
+                restore(newest[1], optimizer, rank, rows=rows)
         train(cfg, policy, optimizer, processor, rollout, pool, rows, val_rows, run, rank, world, start)
         ranks.leave()
 
@@ -279,7 +280,8 @@ def train(cfg: Config, policy: Policy, optimizer: MasterOptimizer, processor, ro
             runs.log_metrics(run, step, metrics)
             progress.show(step, {"loss": metrics["loss/sft"]})
         if last or stopping or (step + 1) % cfg.save_every == 0:
-            save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=(step + 1) * cfg.rows_per_step, skipped=0)
+            save(run, step + 1, policy, processor, optimizer, cfg, rank, cursor=(step + 1) * cfg.rows_per_step, skipped=0,
+                 data=fingerprint(rows))  # fmt: skip
         if stopping:
             break
         clock = Clock()

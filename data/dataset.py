@@ -318,9 +318,19 @@ def measure_rows(rows: list[dict], *, frame_rule: str = "train",
                  done: Callable[[], None] = lambda: None) -> list[list[tuple[int, int]] | BrokenPicture]:
     """What sizes_or_error() says of every row, in threads: pictures are decoded once to know that they can be, and not kept;
     the frames of clips are (data/video.py). done() is called after every row."""
-    out, ranks_here = [], int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun
+    first: dict = {}  # row of each file: many questions are about one clip, and it is decoded once
+    shown = [(row["video"], tuple(row.get("span") or ()), row.get("fps")) if isinstance(row.get("video"), str) else i
+             for i, row in enumerate(rows)]  # fmt: skip
+    for key, row in zip(shown, rows):
+        first.setdefault(key, row)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun
     with ThreadPoolExecutor(max(1, os.cpu_count() // ranks_here)) as pool:
-        for found in pool.map(partial(sizes_or_error, frame_rule=frame_rule), rows):
+        jobs = {key: pool.submit(sizes_or_error, row, frame_rule=frame_rule) for key, row in first.items()}
+        out = []
+        for key, row in zip(shown, rows):
+            found = jobs[key].result()
+            if isinstance(found, BrokenPicture) and row is not first[key]:
+                found = sizes_or_error(row, frame_rule=frame_rule)  # again, for the message names the row
             out.append(found)
             done()
     return out

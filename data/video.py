@@ -16,6 +16,10 @@ import hashlib
 import json
 import math
 import os
+import re
+import uuid
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from data.pictures import FACTOR, BrokenPicture, decode_picture
 
 RULES = ("train", "eval", "eval-published", "whole")
 VERSION = 1  # of what a kept file holds; raise it when the same source would give other frames
+SPOILT = (zipfile.BadZipFile, EOFError, ValueError, KeyError)  # what numpy says of a kept file that a crash cut off
 FRAME_PIXELS = 128 * FACTOR**2  # the least a frame has in training
 CLIP_PIXELS = int(128_000 * FACTOR**2 * 0.9)  # the most all frames of a clip have together
 EVAL_SIDE, EVAL_PIXELS = 448, (4 * FACTOR**2, 256 * FACTOR**2)
@@ -133,7 +138,7 @@ def picture_clip(row: dict, span: tuple | None, how: dict) -> Clip:
         folder = Path(pictures)
         if not folder.is_dir():
             raise ValueError("no such file or folder: correct the path")
-        pictures = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+        pictures = [str(file) for file in sorted(folder.iterdir(), key=by_number) if file.suffix.lower() in PICTURES]
     if not pictures:
         raise ValueError("no pictures in it: give a video file, or a folder or list of frames")
     if not isinstance(fps, (int, float)) or not 0 < fps < 1e6:
@@ -141,6 +146,11 @@ def picture_clip(row: dict, span: tuple | None, how: dict) -> Clip:
     indices, rate, times = sampled([k / fps for k in range(len(pictures))], fps, span, how)
     frames = [decode_picture(pictures[k], row_id=row["id"]) for k in indices]
     return Clip(resized(frames, how), rate, indices, times)
+
+
+def by_number(file: Path) -> list:
+    """2.png before 10.png, as frames are often written."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
 def sampled(times: list[float], fps: float, span: tuple | None, how: dict) -> tuple[list[int], float, list[float]]:
@@ -171,7 +181,7 @@ def kept_clip(path: Path, span: tuple | None, how: dict) -> Clip:
     stat = path.stat()
     key = json.dumps([VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, span, how], sort_keys=True)
     file = Path(folder).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    if file.is_file():
+    with suppress(FileNotFoundError, *SPOILT):  # then it is decoded, and what is kept replaced
         with np.load(file) as data:
             frames = [Image.fromarray(frame) for frame in data["frames"]]
             return Clip(frames, float(data["fps"]), data["indices"].tolist(), data["times"].tolist())
@@ -181,12 +191,15 @@ def kept_clip(path: Path, span: tuple | None, how: dict) -> Clip:
 
 
 def keep_arrays(file: Path, **arrays) -> None:
-    """Writes an .npz, whole or not at all; of two processes that do, either one's is right."""
+    """Writes an .npz, whole or not at all; of several threads, processes or machines that do, any one's is right."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    with open(partial, "wb") as out:  # a file object: to a name, numpy would add .npz
-        np.savez(out, **arrays)
-    partial.replace(file)
+    partial = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(partial, "wb") as out:  # a file object: to a name, numpy would add .npz
+            np.savez(out, **arrays)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)  # a full disk
 
 
 def read_clip(path: Path, span: tuple | None, how: dict) -> Clip:
@@ -226,7 +239,7 @@ def decode_frames(path: Path, indices: list[int]) -> list[Image.Image]:
     """The frames of these ascending numbers (they may repeat), upright RGB; decoding ends with the last of them."""
     import av
 
-    wanted, found = set(indices), {}
+    wanted, found, number = set(indices), {}, -1
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         stream.thread_type = "AUTO"

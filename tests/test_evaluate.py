@@ -392,6 +392,26 @@ def test_swapped_never_gives_a_row_its_own_photo_though_many_rows_share_one(tmp_
         assert {row["id"][0], donors[row["id"]]["id"][0]} not in ({row["id"][0]}, {"d", "e"})
 
 
+def test_swapped_knows_clips_in_memory_by_what_they_show():
+    """Two loads of the same rows: the frames are other objects, the pairs must be the same."""
+    pairs = []
+    for _ in range(2):
+        frames = [[Image.new("RGB", (8, 8), (40 * i, 10 * k, 0)) for k in range(3)] for i in range(6)]
+        rows = [{"id": i, "images": [], "video": own, "kind": "choice"} for i, own in enumerate(frames)]
+        donors = evaluate.swapped_pictures(rows, 1)
+        pairs.append({key: donor["id"] for key, donor in donors.items()})
+    assert pairs[0] == pairs[1] and all(key != other for key, other in pairs[0].items())
+
+
+@pytest.mark.parametrize("changed", [dict(span=(1, 3)), dict(map={"bed": [[1, 1]]}), dict(video="other/b.mp4"), dict(fps=2.0)])
+def test_answers_are_not_taken_over_when_the_rows_show_or_ask_something_else(changed):
+    row = {key: None for key in ("id", "question", "options", "gold", "kind", "size", "scene", "problem", "style", "map")}
+    row |= {"images": ["p.png"], "video": "a/a.mp4", "span": (0, 3), "map": {"pan": [[1, 1]]}}
+    cfg = replace(TINY, style="spacer_map")
+    assert evaluate.identity(cfg, [row]) == evaluate.identity(cfg, [row | {"video": "elsewhere/a.mp4"}]), "only the place is new"
+    assert evaluate.identity(cfg, [row]) != evaluate.identity(cfg, [row | changed])
+
+
 def test_swapped_says_when_there_is_nothing_to_swap_with(tmp_path):
     a, b = (str(picture(tmp_path / f"{name}.png", name)) for name in ("red", "blue"))
     rows = [{"id": f"a{i}", "images": [a], "kind": "choice"} for i in range(3)]

@@ -1,6 +1,7 @@
 """The trainer's menu: advantages, normalisers, losses and penalties by hand, and against TRL's numbers."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import torch
 from conftest import make_group, make_prompt, new_policy
 
 import ranks
+import rewards
+import scoring
 import train_grpo
 import train_sft
 from kernels.policy_loss import policy_loss
@@ -18,7 +21,7 @@ from data.responses import response_text
 from data.scenes import scene_rows
 from rewards import extract_scene, overlong_penalty, repetition_penalty
 from rollout import Completion
-from sampling import part_weights, score
+from sampling import check_reward, part_weights, score
 from train_grpo import Config, check_config, group_advantages, token_scale
 
 TRL = json.loads((Path(__file__).parent / "vectors" / "trl_losses.json").read_text())
@@ -123,15 +126,27 @@ def test_unknown_names_are_one_line(flag, value):
 @pytest.mark.parametrize("wrong, said", [
     (dict(save_every=-1), "--save-every -1: give"), (dict(keep=0), "--keep 0"), (dict(limit=0), "--limit 0"),
     (dict(min_pixels=9, max_pixels=8), "--min-pixels 9 is more than --max-pixels 8"), (dict(shard="fdsp"), "--shard fdsp: one of auto"),
-    (dict(schedule="wsd"), "--schedule wsd: one of constant"),
+    (dict(schedule="wsd"), "--schedule wsd: one of constant"), (dict(lr=float("nan")), "--lr nan: give a number above 0"),
+    (dict(lr=float("inf")), "--lr inf"), (dict(max_grad_norm=0.0), "--max-grad-norm 0.0: give a number above 0"),
+    (dict(max_grad_norm=-1.0), "--max-grad-norm -1.0"), (dict(val_every=-1), "--val-every -1: give a number from 0 on"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_one_line(script, wrong, said):
     with pytest.raises(ValueError, match=said):
         script.check_config(replace(script.Config(), **wrong), *([1] if script is train_grpo else []))
 
 
+@pytest.mark.parametrize("wrong", [dict(temperature=float("nan")), dict(temperature=0.0), dict(clip_low=-0.1), dict(kl_coef=float("nan"))])
+def test_numbers_of_the_loss_that_cannot_work_are_one_line(wrong):
+    [name] = wrong
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .*: give a number"):
+        check_config(replace(Config(), **wrong), 1)
+    check_config(replace(Config(), max_grad_norm=float("inf")), 1)  # cuts nothing
+
+
 def test_a_failed_sample_has_no_parts_to_weigh():
     class Failing:
+        scored, failures = 9, {"raised": 2}
+
         def score(self, texts, rows):
             return [{"total": 0.0, "error": "raised: no"} for _ in texts]
 
@@ -187,11 +202,33 @@ def test_ablation_rewards_differ_where_they_should():
 
 def test_a_reward_that_fails_on_everything_ends_the_run():
     class Broken:
-        file = "runs/x/failures.jsonl"
+        def __init__(self, scored=0, failed=0):
+            self.file, self.scored, self.failures = "runs/x/failures.jsonl", scored, {"raised": failed}
 
         def score(self, texts, rows):
+            self.scored, self.failures["raised"] = self.scored + len(texts), self.failures["raised"] + len(texts)
             return [{"total": 0.0, "error": "KeyError: 'gold_box'"} for _ in texts]
 
-    with pytest.raises(RuntimeError, match="all 16 samples of this step: KeyError: 'gold_box'; texts in runs/x/failures.jsonl"):
-        score(Broken(), [{}], [completions(*[1] * 16)], Config())
-    assert [part["total"] for part in score(Broken(), [{}], [completions(1, 1)], Config())] == [0.0, 0.0], "a few may fail"
+    said = "all of the last {}: KeyError: 'gold_box'; texts in runs/x/failures.jsonl"
+    with pytest.raises(RuntimeError, match=said.format("16 samples")):
+        score(Broken(scored=900), [{}], [completions(*[1] * 16)], Config())
+    few = Broken()
+    for _ in range(7):
+        assert [part["total"] for part in score(few, [{}], [completions(1, 1)], Config())] == [0.0, 0.0], "a few may fail"
+    with pytest.raises(RuntimeError, match=said.format("2 samples")):
+        score(few, [{}], [completions(1, 1)], Config())  # on a rank with few samples a step: the 16th since the start
+    one_was_scored = Broken(scored=1)
+    for _ in range(9):
+        score(one_was_scored, [{}], [completions(1, 1)], Config())
+
+
+def test_a_package_that_one_kind_of_row_needs_is_missed_before_the_first_rollout(monkeypatch):
+    rows = [{"id": f"r{i}", "kind": kind, "gold": gold, "options": options, "map": None} for i, (kind, gold, options) in
+            enumerate([("choice", "A", ["a", "b"]), ("number", "3", []), ("text", "a chair", [])])]  # fmt: skip
+    with scoring.RewardPool("spacer") as pool:
+        check_reward(pool, rows, Config(reward="spacer"))
+        monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+        rewards._rouge_scorer.cache_clear()
+        with pytest.raises(ValueError, match=r"--reward spacer cannot score row r2 \(text\): .*pip install rouge-score"):
+            check_reward(pool, rows, Config(reward="spacer"))
+    rewards._rouge_scorer.cache_clear()

@@ -9,7 +9,7 @@ import transformers
 from conftest import make_group, make_prompt
 
 import evaluate
-from model import DEMO_PROCESSOR, Policy, banned_ids, load_model, load_processor, pack_groups, save_hf
+from model import DEMO_PROCESSOR, Policy, banned_ids, load_model, load_processor, mrope_positions, pack_groups, save_hf
 from rollout import hf_rollout
 
 SIZES = [(112, 84), (56, 56)]
@@ -36,6 +36,12 @@ def folder(tmp_path_factory) -> Path:
     transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def test_clips_are_refused_in_one_line(folder):
+    model, _ = load_model(str(folder))
+    with pytest.raises(ValueError, match="qwen3_vl: clips are shown to Qwen2.5-VL only"):
+        mrope_positions([5, model.config.video_token_id], torch.tensor([[1, 2, 2]]), model.config, seconds=1.0)
 
 
 def test_packed_log_probs_are_those_of_plain_transformers(folder):

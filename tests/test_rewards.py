@@ -548,6 +548,11 @@ def test_extract_choice(text, options, letter):
     assert R.extract_choice(text, options) == letter
 
 
+def test_grade_number_reads_the_number_that_is_stated():
+    assert R.grade_number("<answer>about 3.0 chairs</answer>", "3") and R.grade_number("three", "3")
+    assert not R.grade_number("4", "3") and not R.grade_number("none that I see", "3")
+
+
 def test_grade_choice_reads_gold_in_any_dress():
     assert (
         R.grade_choice("(B) no", YES_NO, "no")

@@ -129,6 +129,10 @@ def test_mend_chance():
     # A category that is left out is worth what chance is, 0: naming the one that is known is no loss.
     assert R.map_score({"bed": [[5, 5]]}, GOLD, mode="corrected") == pytest.approx(1 / 4)
     assert R.map_score({"bed": [[0, 0]]}, GOLD, mode="corrected") == 0
+    # Gold that shows nothing: as published an empty map is perfect there, and worth a whole point.
+    for gold_map in ({}, {"chair": []}):
+        assert R.map_score({}, gold_map) == 1 and R.map_score({}, gold_map, mode="corrected") == 0
+        assert score("B", "B", "multiple choice", map_text="{}", gold_map=gold_map)["accuracy"] == 1
 
 
 def test_mend_names():
@@ -245,6 +249,13 @@ def test_a_megabyte_takes_no_time(text, problem_type):
 
 def test_a_map_of_odd_syntax_is_read_in_silence(recwarn):
     assert R.parse_map("{'bed': 1and [5, 5]}", ["bed"]) == {"bed": [[1, 5]]} and not recwarn.list
+
+
+@pytest.mark.parametrize("key", ["0x" + "f" * 4000, "1" * 4301, "(0x" + "f" * 4000 + ",)", "None", "b'bed'"])
+@pytest.mark.parametrize("mode", ["upstream", "corrected"])
+def test_map_keys_that_are_no_names_are_left_out(key, mode):
+    text = f"<map>{{{key}: [[1, 2]], 'bed': [[3, 4]]}}</map><answer>B</answer>"
+    assert math.isfinite(R.spacer_reward(text, "<answer>B</answer>", "multiple choice", gold_map=GOLD, mode=mode)["total"])
 
 
 def test_unknown_mode_is_refused():

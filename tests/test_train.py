@@ -266,6 +266,15 @@ def test_rule_12_work_after_the_last_checkpoint_is_done_again_not_twice(straight
     assert_identical(state_of(crashed, 4), state_of(straight, 4))
 
 
+def test_a_run_is_not_resumed_on_other_rows(tmp_path, reward_file, monkeypatch):
+    """Their order hangs on their number, so the cursor of the checkpoint would mean other rows."""
+    cfg, inner = small(reward_file, steps=2, schedule="constant"), train_grpo.load_data
+    run(tmp_path, cfg)
+    monkeypatch.setattr(train_grpo, "load_data", lambda *args: inner(*args)[:-1])
+    with pytest.raises(SystemExit, match="step_2: trained on 10 rows, .* --data now gives 9 rows, .*: bring back the rows"):
+        run(tmp_path, replace(cfg, steps=3, resume=True))
+
+
 def test_the_reference_of_a_resumed_run_is_the_start_not_the_checkpoint(tmp_path, reward_file):
     """With one optimiser step a rollout the KL is measured before it: 0 at the start, and only there."""
     cfg = small(reward_file, schedule="constant", mini_batches=1, steps=2)

@@ -5,6 +5,7 @@ python -m pytest tests/test_video.py
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from video_fixtures import film
 
-from data import video
+from data import dataset, video
 from data.video import BrokenVideo, clip_size, frame_count, frame_indices, load_clip, smart_resize
 
 SPACER = [json.loads(line) for line in (Path(__file__).parent / "vectors" / "spacer.jsonl").read_text().splitlines()]
@@ -109,6 +110,55 @@ def test_a_span_is_a_clip_of_its_own(tmp_path):
     assert load_clip(row(path)).indices[-1] == 29  # another span is another file in the cache
     with pytest.raises(BrokenVideo, match=r"row r1: video .*a.mp4: no frame between 7 and 9 s of 2.9: correct the span"):
         load_clip(row(path, span=(7, 9)))
+
+
+def test_questions_about_one_clip_decode_it_once_and_do_not_fight_over_its_file(tmp_path, clips, monkeypatch):
+    path, decoded, inner = film(tmp_path / "a.mp4"), [], video.read_clip
+    monkeypatch.setattr(video, "read_clip", lambda *args: decoded.append(1) or inner(*args))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    broken = str(tmp_path / "broken.mp4")
+    Path(broken).write_bytes(b"nothing")
+    rows = [{"id": f"r{i}", "video": broken if i % 4 == 3 else path} for i in range(12)]
+    counted = []
+    found = dataset.measure_rows(rows, done=lambda: counted.append(1))
+    assert len(counted) == 12 and len(list(clips.iterdir())) == 1
+    assert [one == [(392, 280)] * 6 for one in found] == [i % 4 != 3 for i in range(12)]
+    assert [str(found[i]).split(":")[0] for i in (3, 7, 11)] == ["row r3", "row r7", "row r11"]
+    assert len(decoded) == 1 + 3, "the good one once, the broken one for each message"
+
+
+def test_writers_of_one_kept_file_do_not_disturb_each_other(tmp_path):
+    file = tmp_path / "kept" / "a.npz"
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: video.keep_arrays(file, x=np.full(50_000, i)), range(64)))  # raises what a thread raised
+    with np.load(file) as data:
+        assert len(set(data["x"].tolist())) == 1
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("left", [0, 50, 0.9])
+def test_a_kept_file_that_was_cut_off_is_made_again(tmp_path, clips, left):
+    path = film(tmp_path / "a.mp4")
+    before = load_clip(row(path))
+    [file] = clips.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: left if isinstance(left, int) else int(left * len(whole))])
+    assert [frame.tobytes() for frame in load_clip(row(path)).frames] == [frame.tobytes() for frame in before.frames]
+    assert file.read_bytes() == whole
+
+
+def test_frames_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
+    for k in range(12):
+        Image.new("RGB", (56, 56), (20 * k, 0, 0)).save(tmp_path / f"scene_{k}.png")
+    clip = load_clip(row(str(tmp_path), fps=2))
+    assert [round(frame.getpixel((0, 0))[0] / 20) for frame in clip.frames] == list(range(12))
+
+
+def test_a_file_whose_decoder_gives_nothing_is_one_line(tmp_path, monkeypatch):
+    path = film(tmp_path / "a.mp4")
+    monkeypatch.setattr("av.container.InputContainer.decode", lambda self, stream: iter(()), raising=False)
+    with pytest.raises(BrokenVideo, match="it ends after 0 frames, of 30 announced"):
+        load_clip(row(path))
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
