@@ -44,12 +44,15 @@ def one_line_errors() -> Iterator[None]:
 
 
 class StopSignal:
-    """`requested` is True once SIGTERM or Ctrl-C came, or the stop file exists; read it at the end of each step.
+    """From here on SIGTERM and Ctrl-C only set a flag; a second Ctrl-C raises KeyboardInterrupt. Main thread only.
 
-    Ranks get their signals at different moments: with several, all-reduce the flag (max) before acting on it.
+    `requested` is True once one of them came, or the stop file exists; read it at the end of each step. Ranks get their
+    signals at different moments: with several, all-reduce the flag (max) before acting on it. torchrun kills its ranks
+    30 s after passing a signal on (fixed in torch 2.11). Where a step takes longer, create the stop file (touch
+    runs/<name>/stop) or signal the ranks themselves; torchrun ends when they have ended.
     """
 
-    def __init__(self, stop_file: Path | None, rank: int):
+    def __init__(self, *, stop_file: Path | None = None, rank: int = 0):
         self.stop_file, self.rank, self.signal = stop_file, rank, None
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -69,15 +72,6 @@ class StopSignal:
         """Puts back the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def stop_on_signals(*, stop_file: Path | None = None, rank: int = 0) -> StopSignal:
-    """From here on SIGTERM and Ctrl-C only set a flag; a second Ctrl-C raises KeyboardInterrupt. Main thread only.
-
-    torchrun kills its ranks 30 s after passing a signal on (fixed in torch 2.11). Where a step takes longer, create the
-    stop file (touch runs/<name>/stop) or signal the ranks themselves; torchrun ends when they have ended.
-    """
-    return StopSignal(stop_file, rank)
 
 
 class Progress:

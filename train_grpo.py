@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from command import Progress, check_shadowed_kernels, one_line_errors, stop_on_signals
+from command import Progress, StopSignal, check_shadowed_kernels, one_line_errors
 
 if __name__ == "__main__":
     check_shadowed_kernels()  # before anything imports transformers
@@ -574,7 +574,7 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {len(rows)} rows, {world} ranks on {policy.device.type}, {type(rollout).__name__}, from step {start}")
-    stop = stop_on_signals(stop_file=run / "stop", rank=rank)
+    stop = StopSignal(stop_file=run / "stop", rank=rank)
     progress = Progress(cfg.steps, start=start, rank=rank)
 
     for step in range(start, cfg.steps):

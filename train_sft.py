@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from command import Progress, check_shadowed_kernels, one_line_errors, stop_on_signals
+from command import Progress, StopSignal, check_shadowed_kernels, one_line_errors
 
 if __name__ == "__main__":
     check_shadowed_kernels()  # before anything imports transformers
@@ -257,7 +257,7 @@ def train(cfg: Config, policy: Policy, optimizer: MasterOptimizer, processor, ro
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {'endless' if rows is None else len(rows)} rows, {world} ranks on {policy.device.type}, from step {start}")
-    stop = stop_on_signals(stop_file=run / "stop", rank=rank)
+    stop = StopSignal(stop_file=run / "stop", rank=rank)
     progress = Progress(cfg.steps, start=start, rank=rank)
     batches = Batches(cfg, rows, processor, policy.config, rank, world)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, cfg.steps), num_workers=cfg.workers)

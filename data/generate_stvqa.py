@@ -28,7 +28,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from command import one_line_errors, stop_on_signals
+from command import StopSignal, one_line_errors
 from data.pictures import open_picture, to_rgb
 from data.rows import write_stvqa
 from data.scene_graphs import Graph, read_graphs
@@ -208,7 +208,7 @@ def write_by_model(cfg: Config, path: Path, graphs: Iterator[Graph], balance: Ba
             balance.add(item)
         return {"id": reply.id} | ({} if reply.error else {"text": reply.text, "finish": reply.finish})
 
-    stop, system = stop_on_signals(), writer_system()
+    stop, system = StopSignal(), writer_system()
     requests = (
         Request(graph.id, writer_prompt(graph, balance, n=cfg.questions), system=system, max_tokens=cfg.max_tokens,
                 temperature=cfg.temperature)
@@ -341,7 +341,7 @@ def verify(cfg: Config) -> None:
 
     who = caller(cfg, cfg.verifier, cfg.verifier_model, cfg.verifier_url)
     with appending(cfg.out, "verify", "verified", settings) as path, open(selected, "rb") as file:
-        stop = stop_on_signals()
+        stop = StopSignal()
         try:
             for round_ in range(cfg.tries):
                 requests = until_stopped(verify_requests(cfg, file, at, votes_of(cfg), round_), stop)

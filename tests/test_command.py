@@ -31,7 +31,7 @@ def test_a_shadowed_kernels_package_is_found_without_importing_it(tmp_path, monk
 
 def test_signals_only_set_a_flag_and_a_second_ctrl_c_interrupts(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    stop = command.stop_on_signals(stop_file=tmp_path / "stop")
+    stop = command.StopSignal(stop_file=tmp_path / "stop")
     try:
         assert not stop.requested
         (tmp_path / "stop").touch()

@@ -489,7 +489,7 @@ import torch.distributed as dist
 rank = int(os.environ["RANK"])
 with ranks.die_together(rank, world_size=2):
     dist.init_process_group("gloo")
-    command.stop_on_signals(rank=rank)
+    command.StopSignal(rank=rank)
     dist.barrier()
     if rank == 1:
         raise LookupError("rank one is broken")

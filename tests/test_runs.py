@@ -279,7 +279,7 @@ run = runs.open_run(Path(sys.argv[1]), {}, resume="--resume" in sys.argv)
 newest = runs.latest_checkpoint(run)
 start = newest[0] if newest else 0
 runs.truncate_after(run, start)
-stop = command.stop_on_signals(stop_file=run / "stop")
+stop = command.StopSignal(stop_file=run / "stop")
 for step in range(start, 6):
     if step == 3 and not newest:
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
