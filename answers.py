@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import providers
-import runs
+from command import check_shadowed_kernels
 from data.benchmarks import AS_FRAMES
 from data.dataset import encode, sizes_or_error
 from data.pictures import BrokenPicture, decode_picture, open_picture
@@ -117,7 +117,7 @@ def open_provider(cfg: "Config", pictures: int) -> Callable:
     if cfg.provider in SERVED:
         providers.access_key(cfg.provider, cfg.base_url)  # now: nothing is written where it cannot go on
         return ask_served
-    runs.check_shadowed_kernels()  # before transformers is imported
+    check_shadowed_kernels()  # before transformers is imported
     from rollout import hf_rollout, vllm_rollout  # here: regrading needs no model code
 
     where = {"processor": cfg.processor, "dtype": cfg.dtype, "device": cfg.device}

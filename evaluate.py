@@ -31,14 +31,15 @@ import torch
 import tyro
 from tyro.conf import arg
 
-import runs
 import scores
 from answers import BATCH, SERVED, controlled, open_provider, swapped_pictures, video_problem
+from command import Progress, one_line_errors
 from data.benchmarks import BENCHMARKS, chosen, listing, load_benchmark
 from data.dataset import load_rows
 from data.pictures import FACTOR, MAX_PIXELS, MIN_PIXELS, decode_picture, draw_boxes
 from data.prompts import PROMPTS, build_prompt, read_template
 from data.rows import to_resized_frame, to_row
+from files import append_lines, replace_file
 from rewards import MODES, extract_answer, extract_choice, extract_scene, is_valid_object
 from transcripts import FILE, begin, check_settings, judge, locked, read_transcripts, report, rescore, weights_hash
 
@@ -248,7 +249,7 @@ def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, rec
     have = {(record["id"], record.get("sample", 0)) for record in records}
     done, failed = answered(records, cfg.k), {}
     donors = swapped_pictures(rows, cfg.seed) if cfg.control == "swapped" else {}
-    progress, size = runs.Progress(len(rows), start=len(done), unit="row"), cfg.batch or BATCH.get(cfg.provider, len(rows))
+    progress, size = Progress(len(rows), start=len(done), unit="row"), cfg.batch or BATCH.get(cfg.provider, len(rows))
     if any(row.get("video") for row in rows):
         size = min(size, 64)  # a batch's frames are in memory together, 15 MB a video
     for start in range(0, len(rows), size):
@@ -266,7 +267,7 @@ def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, rec
                     failed[row["id"]] = reply["failed"]
                 elif (row["id"], sample) not in have and row["id"] not in done:
                     new.append(transcript(cfg, row, reply, donors.get(row["id"]), sample))
-            runs.append_lines(path, new)
+            append_lines(path, new)
             records += new
             if new:
                 seen = scores.accuracy(records[-1000:])
@@ -278,7 +279,7 @@ def answer_rows(cfg: Config, rows: list[dict], answer: Callable, path: Path, rec
 def report_failed(path: Path, failed: dict[str, str], total: int) -> None:
     """Lists the rows that a served model refused; an older list goes when there are none left."""
     if failed or path.exists():
-        runs.replace_file(path, json.dumps(failed, indent=1).encode())
+        replace_file(path, json.dumps(failed, indent=1).encode())
     for key, why in [*failed.items()][:5]:
         print(f"failed, row {key}: {why}")
     if failed:
@@ -383,7 +384,7 @@ def translated(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        with runs.one_line_errors():
+        with one_line_errors():
             main(tyro.cli(Config, args=translated(sys.argv[1:]), description=__doc__.split("\n\n")[0]))
     except KeyboardInterrupt:
         print("\nstopped: what was answered is kept, the same command goes on", file=sys.stderr)

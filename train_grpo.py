@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import runs
+from command import Progress, StopSignal, check_shadowed_kernels, one_line_errors
 
 if __name__ == "__main__":
-    runs.check_shadowed_kernels()  # before anything imports transformers
+    check_shadowed_kernels()  # before anything imports transformers
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,11 @@ import dry_run
 import flags
 import memory
 import ranks
+import runs
 import scoring
 import speed
 from data.dataset import encode, encode_rows, load_rows, measure_rows
+from files import read_lines
 from kernels.policy_loss import KL_ESTIMATORS, LOSSES
 from metrics import Clock, LossStats
 from model import (
@@ -399,7 +401,7 @@ def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[di
 def fitting(cfg, rows: list[dict], source: str, processor) -> list[dict]:
     """The rows whose pictures and clips decode and whose prompts fit. Ranks share the decoding: of clips it takes hours, once."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    progress, began, seen = runs.Progress(-(-len(rows) // world), unit="row", rank=rank), time.monotonic(), 0
+    progress, began, seen = Progress(-(-len(rows) // world), unit="row", rank=rank), time.monotonic(), 0
 
     def count() -> None:
         nonlocal seen
@@ -463,7 +465,7 @@ def save(run, step: int, policy, processor, optimizer, cfg: Config, rank: int, *
 
 
 def main(cfg: Config) -> None:
-    with runs.one_line_errors():
+    with one_line_errors():
         check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         if not cfg.dry_run:
             runs.check_run(Path("runs") / cfg.name, resume=cfg.resume)
@@ -474,8 +476,8 @@ def main(cfg: Config) -> None:
         rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
         if device.type == "cpu" and cfg.model in ("random:3b", "random:7b"):
             raise ValueError(f"{cfg.model} needs an NVIDIA GPU, and there is none: --model random:tiny shows the same on a CPU")
-    with runs.die_together(rank, world_size=world), pool:
-        with runs.one_line_errors():
+    with ranks.die_together(rank, world_size=world), pool:
+        with one_line_errors():
             policy, processor = load_policy(
                 cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
                 freeze_vision=cfg.freeze_vision, never_stop=cfg.fixed_length, kernels=cfg.kernels == "auto",
@@ -584,8 +586,8 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {len(rows)} rows, {world} ranks on {policy.device.type}, {type(rollout).__name__}, from step {start}")
-    stop = runs.stop_on_signals(stop_file=run / "stop", rank=rank)
-    progress = runs.Progress(cfg.steps, start=start, rank=rank)
+    stop = StopSignal(stop_file=run / "stop", rank=rank)
+    progress = Progress(cfg.steps, start=start, rank=rank)
 
     for step in range(start, cfg.steps):
         metrics, clock, last = {}, Clock(), step + 1 == cfg.steps
@@ -627,7 +629,7 @@ def train(cfg: Config, policy: Policy, reference: Policy | None, optimizer: Mast
             break
     progress.close()
     if meter and rank == 0:
-        print(speed.report(runs.read_lines(run / "metrics.jsonl"), cfg, world))
+        print(speed.report(read_lines(run / "metrics.jsonl"), cfg, world))
     if rank == 0:
         print(f"{run}: {', '.join(['metrics.jsonl', 'samples.jsonl', 'reward.png', *sorted(p.name for p in run.glob('step_*'))])}")
 

@@ -14,10 +14,10 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import runs
+from command import Progress, StopSignal, check_shadowed_kernels, one_line_errors
 
 if __name__ == "__main__":
-    runs.check_shadowed_kernels()  # before anything imports transformers
+    check_shadowed_kernels()  # before anything imports transformers
 
 import torch
 import tyro
@@ -27,6 +27,7 @@ import flags
 import memory
 import ranks
 import rewards
+import runs
 import scoring
 from data.dataset import encode, load_rows
 from data.responses import careless_text
@@ -214,15 +215,15 @@ def check_config(cfg: Config) -> None:
 
 
 def main(cfg: Config) -> None:
-    with runs.one_line_errors():
+    with one_line_errors():
         check_config(cfg)
         runs.check_run(Path("runs") / cfg.name, resume=cfg.resume)
         pool = scoring.RewardPool(cfg.reward, mode=cfg.reward_mode, similarity=cfg.similarity)
         rank, world, device, dtype = ranks.setup(cfg.device, cfg.dtype)
         if cfg.rows_per_step % world:
             raise ValueError(f"--rows-per-step {cfg.rows_per_step} does not divide into {world} ranks")
-    with runs.die_together(rank, world_size=world), pool:
-        with runs.one_line_errors():
+    with ranks.die_together(rank, world_size=world), pool:
+        with one_line_errors():
             policy, processor = load_policy(
                 cfg.model, processor=cfg.processor, dtype=dtype, seed=cfg.seed, device=str(device),
                 freeze_vision=cfg.freeze_vision, kernels=cfg.kernels == "auto",
@@ -257,8 +258,8 @@ def train(cfg: Config, policy: Policy, optimizer: MasterOptimizer, processor, ro
     if rank == 0:
         runs.truncate_after(run, start)
         print(f"{run}: {'endless' if rows is None else len(rows)} rows, {world} ranks on {policy.device.type}, from step {start}")
-    stop = runs.stop_on_signals(stop_file=run / "stop", rank=rank)
-    progress = runs.Progress(cfg.steps, start=start, rank=rank)
+    stop = StopSignal(stop_file=run / "stop", rank=rank)
+    progress = Progress(cfg.steps, start=start, rank=rank)
     batches = Batches(cfg, rows, processor, policy.config, rank, world)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, cfg.steps), num_workers=cfg.workers)
     clock, skipped = Clock(), 0

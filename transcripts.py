@@ -10,10 +10,12 @@ import re
 from functools import partial
 from pathlib import Path
 
-import runs
 import scores
+from command import versions
 from data.benchmarks import BENCHMARKS, NUMERIC_SPAR, NUMERIC_VSI, spar_level
 from data.options import gold_letter, split_options
+from files import cut_torn_line, json_lines, read_lines, replace_file
+from files import locked as locked_file
 from rewards import extract_scene, format_score, grade, scene_metrics
 
 FILE = "transcripts.jsonl"
@@ -32,7 +34,7 @@ def judge(row: dict, text: str, mode: str = "corrected") -> dict:
 
 def read_transcripts(path: Path) -> list[dict]:
     """The whole lines; ValueError naming the line that is no transcript, or holds an id (and sample) a second time."""
-    records, lines = runs.read_lines(path), {}
+    records, lines = read_lines(path), {}
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict) or record.get("id") is None:
             raise ValueError(f"{path}, line {number}: not a transcript: delete it, the row is asked again")
@@ -43,7 +45,7 @@ def read_transcripts(path: Path) -> list[dict]:
     return records
 
 
-locked = partial(runs.locked, who="another evaluate.py")
+locked = partial(locked_file, who="another evaluate.py")
 
 
 def check_settings(path: Path, settings: dict) -> None:
@@ -65,9 +67,9 @@ def begin(path: Path, settings: dict, config: dict, *, rows: int) -> list[dict]:
     check_settings(path, settings)  # once more: since the first time another process may have begun it
     records = read_transcripts(path)
     if not records:
-        made = {"settings": settings, "config": config, "rows": rows, "versions": runs.versions()}
-        runs.replace_file(path.with_name("config.json"), json.dumps(made, indent=1).encode())
-    if runs.cut_torn_line(path):
+        made = {"settings": settings, "config": config, "rows": rows, "versions": versions()}
+        replace_file(path.with_name("config.json"), json.dumps(made, indent=1).encode())
+    if cut_torn_line(path):
         print(f"{path}: the last line was cut off, it is asked again")
     return records
 
@@ -87,8 +89,8 @@ def report(path: Path, records: list[dict], *, title: str, mode: str = "correcte
     config, saved_at = path.with_name("config.json"), path.with_name("scores.json")
     result = scores.scores(records, mode=mode, price=price)
     made = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    content = {**result, "evaluation": made, "graded_with": runs.versions() | {"mode": mode}}
-    runs.replace_file(saved_at, json.dumps(content, indent=1).encode())
+    content = {**result, "evaluation": made, "graded_with": versions() | {"mode": mode}}
+    replace_file(saved_at, json.dumps(content, indent=1).encode())
     print("\n".join(["", title, *scores.table(result), *(f"skipped: {row['why']}" for row in result["skipped"][:5])]))
     done = len({record["id"] for record in records})
     if done < made.get("rows", 0):
@@ -141,10 +143,10 @@ def rescore_file(path: Path, target: Path, mode: str) -> dict:
             raise ValueError(f"{target} exists already: choose another --out")
         old = read_transcripts(path) if path.name == FILE else published_records(path)
         new = [graded_again(record, f"{path}, line {number}", mode) for number, record in enumerate(old, 1)]
-        runs.replace_file(target, runs.json_lines(new))
+        replace_file(target, json_lines(new))
         settings = path.with_name("config.json")
         if path.name == FILE and settings.exists() and settings.parent != target.parent:
-            runs.replace_file(target.with_name("config.json"), settings.read_bytes())
+            replace_file(target.with_name("config.json"), settings.read_bytes())
     changed = [a["id"] for a, b in zip(old, new, strict=True) if "correct" in a and a["correct"] != b["correct"]]
     named = f": {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}" if changed else ""
     before = scores.accuracy([record for record in old if "correct" in record])["accuracy"]
@@ -172,7 +174,7 @@ def published_records(path: Path) -> list[dict]:
     """A result file of SpatialThinker's evals.py (a JSON list) or of SpaceR-Eval (JSONL) as records with its verdicts, if
     it has any. The benchmark is read off the file name, options off the prompt. ValueError naming file and entry."""
     if path.suffix == ".jsonl":
-        items, names, convert = runs.read_lines(path), SPACER_FILES, spacer_record
+        items, names, convert = read_lines(path), SPACER_FILES, spacer_record
     else:
         items, names, convert = json.loads(path.read_text(encoding="utf-8")), {n: n for n in BENCHMARKS}, evals_record
     fitting = [name for name in names if re.match(rf"{re.escape(name)}(?![a-zA-Z0-9-])", path.name)]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-import runs
+from files import read_lines
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def main(cfg: Config) -> None:
         print(f"{side}: exit code {code} after {time.time() - began:.0f} s, {log}", flush=True)
         steps = [json.loads(found) for found in re.findall(r"STEP (\{.*?\})", log.read_text())]
         if side == "ours" and (metrics := Path("runs/against-trl/metrics.jsonl")).exists():
-            lines = runs.read_lines(metrics)
+            lines = read_lines(metrics)
             steps = [{"seconds": line["time/step"], "card_gib": line.get("speed/peak_gib"), "metrics": line} for line in lines]
         results[side] = {"exit code": code, "steps": steps}
         (cfg.out / "results.json").write_text(json.dumps(results, indent=1))
@@ -132,7 +132,7 @@ def trl(cfg: Config) -> None:
     from bench.random_reward import reward
     from speed import CardPeak
 
-    lines = runs.read_lines(cfg.out / "rows.jsonl")
+    lines = read_lines(cfg.out / "rows.jsonl")
     data = Dataset.from_list([
         {"prompt": [{"role": "user", "content": line["problem"]}], "image": Image.open(cfg.out / line["images"][0])} for line in lines
     ])  # fmt: skip

@@ -35,10 +35,11 @@ import torch
 import tyro
 from PIL import Image
 
-import runs
+from command import Progress
 from data.clips import CLIPS
 from data.dataset import encode
 from data.scenes import scene_rows
+from files import read_lines
 from model import Policy, banned_ids, load_model, save_hf
 from rewards import grade
 from rollout import hf_rollout
@@ -93,7 +94,7 @@ def main(cfg: Config) -> None:
     checkpoints = {}
     for name, command in stages(cfg).items():
         checkpoints[name] = run_stage(cfg, name, command)
-        curves = {stage: [{k: line[k] for k in KEPT if k in line} for line in runs.read_lines(Path(path).parent / "metrics.jsonl")]
+        curves = {stage: [{k: line[k] for k in KEPT if k in line} for line in read_lines(Path(path).parent / "metrics.jsonl")]
                   for stage, path in checkpoints.items()}  # fmt: skip
         (cfg.out / "curves.json").write_text(json.dumps(curves))
     for name in list(checkpoints)[-2:]:
@@ -126,7 +127,7 @@ def draw_ahead(cfg: Config) -> None:
     """Draws the clips that are read by one process alone: GRPO's (seed 0 of load_rows) and those of the questions."""
     blocks = [(split, at, min(16, count - at)) for split, count in (("train", cfg.prompts * cfg.grpo_steps), ("val", cfg.limit))
               for at in range(0, count, 16)]  # fmt: skip
-    progress = runs.Progress(len(blocks), unit="block")
+    progress = Progress(len(blocks), unit="block")
     with ProcessPoolExecutor(cfg.workers, mp_context=multiprocessing.get_context("fork")) as pool:
         jobs = [pool.submit(draw, n, cfg.level, split, at) for split, at, n in blocks]
         for i, job in enumerate(as_completed(jobs)):

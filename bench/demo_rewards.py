@@ -19,9 +19,9 @@ from pathlib import Path
 import tyro
 
 import evaluate
-import runs
 from answers import controlled, swapped_pictures
 from data.dataset import encode, load_rows
+from files import read_lines
 from rewards import extract_scene, format_score, grade, is_valid_object, match_objects, scene_metrics
 from rollout import hf_rollout
 
@@ -52,7 +52,7 @@ def main(cfg: Config) -> None:
             print("$", *command, flush=True)
             subprocess.run(command, check=True)
             checkpoints[name] = f"runs/{name}/step_{cfg.steps}"
-            lines = runs.read_lines(Path("runs", name, "metrics.jsonl"))
+            lines = read_lines(Path("runs", name, "metrics.jsonl"))
             curves[name] = [{k: line.get(k) for k in KEPT} for line in lines]
             (cfg.out / "curves.json").write_text(json.dumps(curves))
             shutil.copy(Path(checkpoints[name], "model.safetensors"), cfg.out / f"{name}.safetensors")

@@ -28,7 +28,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-import runs
+from command import StopSignal, one_line_errors
 from data.pictures import open_picture, to_rgb
 from data.rows import write_stvqa
 from data.scene_graphs import Graph, read_graphs
@@ -39,6 +39,7 @@ from data.stvqa_page import statistics, table, view_page
 from data.stvqa_prompts import VERIFIER, verifier_prompt, writer_prompt, writer_system
 from data.stvqa_selection import choose
 from data.stvqa_templates import write_items
+from files import append_lines, replace_file
 from providers import PROVIDERS, Reply, Request
 
 
@@ -195,10 +196,10 @@ def write_templates(cfg: Config, path: Path, graphs: Iterator[Graph], balance: B
             balance.add(item)
         lines.append({"id": graph.id, "text": json.dumps({"questions": items})})
         if len(lines) == 256:
-            runs.append_lines(path, lines)
+            append_lines(path, lines)
             lines = []
         tick(lambda: f"written: {number} graphs")  # noqa: B023
-    runs.append_lines(path, lines)
+    append_lines(path, lines)
 
 
 def write_by_model(cfg: Config, path: Path, graphs: Iterator[Graph], balance: Balance) -> None:
@@ -207,7 +208,7 @@ def write_by_model(cfg: Config, path: Path, graphs: Iterator[Graph], balance: Ba
             balance.add(item)
         return {"id": reply.id} | ({} if reply.error else {"text": reply.text, "finish": reply.finish})
 
-    stop, system = runs.stop_on_signals(), writer_system()
+    stop, system = StopSignal(), writer_system()
     requests = (
         Request(graph.id, writer_prompt(graph, balance, n=cfg.questions), system=system, max_tokens=cfg.max_tokens,
                 temperature=cfg.temperature)
@@ -340,7 +341,7 @@ def verify(cfg: Config) -> None:
 
     who = caller(cfg, cfg.verifier, cfg.verifier_model, cfg.verifier_url)
     with appending(cfg.out, "verify", "verified", settings) as path, open(selected, "rb") as file:
-        stop = runs.stop_on_signals()
+        stop = StopSignal()
         try:
             for round_ in range(cfg.tries):
                 requests = until_stopped(verify_requests(cfg, file, at, votes_of(cfg), round_), stop)
@@ -433,13 +434,13 @@ def parquets(cfg: Config) -> list[Path]:
 
 def stats(cfg: Config) -> None:
     result = {path.name.partition("-")[0]: statistics(path) for path in parquets(cfg)}
-    runs.replace_file(Path(cfg.out) / "stats.json", json.dumps(result, indent=1).encode())
+    replace_file(Path(cfg.out) / "stats.json", json.dumps(result, indent=1).encode())
     print("\n".join(table(result)))
 
 
 def view(cfg: Config) -> None:
     path = Path(cfg.out) / "view.html"
-    runs.replace_file(path, view_page(parquets(cfg), samples=cfg.samples, title=cfg.out).encode())
+    replace_file(path, view_page(parquets(cfg), samples=cfg.samples, title=cfg.out).encode())
     print(f"{path}: open it in a browser")
 
 
@@ -447,7 +448,7 @@ COMMANDS = {"write": write, "check": check, "select": select, "verify": verify, 
 
 if __name__ == "__main__":
     try:
-        with runs.one_line_errors():
+        with one_line_errors():
             main(tyro.cli(Config, description=__doc__.split("\n\n")[0]))
     except KeyboardInterrupt:
         print("\nstopped: what came is kept, the same command goes on", file=sys.stderr)

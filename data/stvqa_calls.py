@@ -13,9 +13,10 @@ from itertools import chain, islice
 from pathlib import Path
 
 import providers
-import runs
+from command import StopSignal, check_shadowed_kernels
 from data.dataset import encode
 from data.stvqa_items import hash_seed
+from files import append_lines
 from providers import Reply, Request
 
 LOCAL = ("hf", "vllm")
@@ -70,7 +71,7 @@ def ask_local(caller: Caller, requests: Iterator[Request]) -> Iterator[list[Repl
 
 @lru_cache(maxsize=1)  # verify asks in rounds: one engine for all of them
 def open_local(caller: Caller) -> tuple:
-    runs.check_shadowed_kernels()  # before transformers is imported
+    check_shadowed_kernels()  # before transformers is imported
     from rollout import hf_rollout, vllm_rollout  # here: the other writers need no model code
 
     if caller.provider == "hf":
@@ -93,7 +94,7 @@ def collect(caller: Caller, path: Path, requests: Iterator[Request], line: Calla
     total, tick = Counter(), ticker()
     try:
         for some in ask(caller, chain([first], requests)):
-            runs.append_lines(path, [line(reply) | spent(reply) for reply in some])
+            append_lines(path, [line(reply) | spent(reply) for reply in some])
             for reply in some:
                 total += Counter(calls=1, failed=int(reply.error is not None), retries=max(reply.attempts - 1, 0),
                                  tokens_in=reply.tokens_in or 0, tokens_out=reply.tokens_out or 0)  # fmt: skip
@@ -111,7 +112,7 @@ def spent(reply: Reply) -> dict:
     return {"error": reply.error} if reply.error else {"tokens": [reply.tokens_in, reply.tokens_out]}
 
 
-def until_stopped(requests: Iterator, stop: runs.StopSignal) -> Iterator:
+def until_stopped(requests: Iterator, stop: StopSignal) -> Iterator:
     for request in requests:
         if stop.requested:
             return

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import runs
+from files import cut_torn_line, json_lines, locked, replace_file
 
 
 def file_of(out: str, name: str) -> Path:
@@ -31,7 +31,7 @@ def appending(out: str, stage: str, name: str, settings: dict) -> Iterator[Path]
     """The stage's file, ours alone until the end, its torn last line cut off. ValueError, one line, if its lines were
     made with other settings, or another process has it."""
     path = file_of(out, name)
-    with runs.locked(path):
+    with locked(path):
         saved, settings = settings_of(out), json.loads(json.dumps(settings))
         old = saved.get(stage, settings)
         free = ("images", "limit")  # pictures may have moved, and more graphs are asked about by raising the limit
@@ -41,8 +41,8 @@ def appending(out: str, stage: str, name: str, settings: dict) -> Iterator[Path]
             raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}): give the old ones, or "
                              "choose another --out")  # fmt: skip
         content = json.dumps({**saved, stage: settings}, indent=1)
-        runs.replace_file(path.with_name("settings.json"), content.encode())
-        runs.cut_torn_line(path)
+        replace_file(path.with_name("settings.json"), content.encode())
+        cut_torn_line(path)
         yield path
 
 
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Callable[[dict], None]]:
     """A function that writes a line; the file is renamed into place when all went well."""
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "wb", buffering=1 << 20) as file:
-        yield lambda record: file.write(runs.json_lines([record]))
+        yield lambda record: file.write(json_lines([record]))
     os.replace(partial, path)
 
 

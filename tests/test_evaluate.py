@@ -20,8 +20,8 @@ from conftest import ROOT, needs_vllm, new_policy
 from PIL import Image
 
 import evaluate
+import files
 import rollout
-import runs
 import scores
 import train_grpo
 from data.pictures import COLOURS, draw_boxes
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_same_command_goes_on(unbroken, m
 
     cfg = replace(TINY, out=str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "open", opened, raising=False)
+        patch.setattr(files, "open", opened, raising=False)
         with pytest.raises(OSError, match="transcripts.jsonl was not written, .*the same command goes on") as error:
             evaluate.main(cfg)
     assert "\n" not in str(error.value) and len(lines_of(tmp_path)) == 4
@@ -337,7 +337,7 @@ def test_grading_again_gives_the_same_file_and_mends_verdicts(unbroken, tmp_path
 
     lines = lines_of(tmp_path)
     lines[3]["correct"] = not lines[3]["correct"]
-    (tmp_path / "transcripts.jsonl").write_bytes(runs.json_lines(lines))
+    (tmp_path / "transcripts.jsonl").write_bytes(files.json_lines(lines))
     evaluate.main(Config(rescore=str(tmp_path / "transcripts.jsonl")))
     assert f"1 of 10 verdicts changed: {lines[3]['id']}" in capsys.readouterr().out
     assert (tmp_path / "transcripts.jsonl").read_bytes() == (unbroken / "transcripts.jsonl").read_bytes()
@@ -508,7 +508,7 @@ def test_vllm_that_cannot_run_here_is_one_line(tmp_path, monkeypatch):
         evaluate.main(replace(cfg, device="cpu"))
     monkeypatch.undo()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.0")
-    monkeypatch.setattr(runs, "check_shadowed_kernels", lambda: None)  # or 0.1.0 of that is installed too
+    monkeypatch.setattr("answers.check_shadowed_kernels", lambda: None)  # or 0.1.0 of that is installed too
     with pytest.raises(ValueError, match="vllm 0.1.0 is installed, .*--provider hf"):
         evaluate.main(cfg)
     assert not (tmp_path / "out").exists()

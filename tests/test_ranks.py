@@ -26,6 +26,7 @@ import ranks
 import train_grpo
 from data.pictures import BrokenPicture
 from data.scenes import scene_rows
+from files import FullDisk
 from metrics import Clock
 from model import group_tokens, load_model, save_hf, weights
 from rollout import Completion
@@ -478,6 +479,46 @@ def test_what_dynamic_sampling_does_not_find_is_filled_up():
     plain, short = collected(0, 1), collected(0, 1, dynamic_sampling=True, max_rounds=1)
     for a, b in zip(plain, short, strict=True):
         assert a["ids"] == b["ids"] and a["cursor"] == b["cursor"] and b["metrics"]["sampling/rounds"] == 1
+
+
+# ---------------------------------------------------------------- dying together
+
+HANG = """
+import command, os, ranks, time, torch
+import torch.distributed as dist
+rank = int(os.environ["RANK"])
+with ranks.die_together(rank, world_size=2):
+    dist.init_process_group("gloo")
+    command.StopSignal(rank=rank)
+    dist.barrier()
+    if rank == 1:
+        raise LookupError("rank one is broken")
+    while True:
+        WAIT
+"""
+
+
+@pytest.mark.parametrize("wait", [
+    "dist.all_reduce(torch.ones(1))",
+    pytest.param("time.sleep(1)", marks=pytest.mark.slow),  # a peer that notices nothing, as in an NCCL collective
+])
+def test_one_rank_that_raises_ends_all_with_its_traceback(tmp_path, wait):
+    (tmp_path / "hangs.py").write_text(HANG.replace("WAIT", wait))
+    process = torchrun(tmp_path, "hangs.py")
+    _, err = finish(process, 60 + 20)  # a minute, and 20 s for starting two interpreters with torch
+    assert process.returncode != 0
+    assert "[rank 1] LookupError: rank one is broken" in err
+    assert '[rank 1]   File "' in err, "the traceback says where"
+
+
+def test_with_one_rank_errors_just_pass():
+    with pytest.raises(LookupError), ranks.die_together(0, world_size=1):
+        raise LookupError("x")
+    with pytest.raises(SystemExit) as caught, ranks.die_together(1, world_size=2):
+        sys.exit(0)
+    assert caught.value.code == 0
+    with pytest.raises(SystemExit, match="error: metrics.jsonl was not written"), ranks.die_together(0, world_size=1):
+        raise FullDisk("metrics.jsonl was not written")
 
 
 # ---------------------------------------------------------------- whole runs of two ranks

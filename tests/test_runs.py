@@ -1,9 +1,8 @@
-"""The run folder: nothing written is lost or stands there twice, a stop saves, one rank's death is everybody's.
+"""The run folder: nothing written is lost or stands there twice, a stop saves and resumes.
 
     python -m pytest tests/test_runs.py
 """
 
-import errno
 import importlib.metadata
 import io
 import json
@@ -11,10 +10,8 @@ import os
 import platform
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +21,7 @@ import torch
 from PIL import Image
 
 import runs
+from files import FullDisk, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,7 +128,7 @@ def test_a_step_is_never_logged_twice(tmp_path):
         runs.log_metrics(tmp_path, 3, {})
     runs.truncate_after(tmp_path, 3)
     runs.log_metrics(tmp_path, 3, {})
-    assert [line["step"] for line in runs.read_lines(tmp_path / "metrics.jsonl")] == [3]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [3]
 
 
 def test_truncate_cuts_steps_done_after_the_checkpoint_and_a_torn_line(tmp_path):
@@ -142,7 +140,7 @@ def test_truncate_cuts_steps_done_after_the_checkpoint_and_a_torn_line(tmp_path)
         file.write(b'{"step": 6, "x"')  # the process was killed while it wrote
     assert runs.truncate_after(tmp_path, 4) == 2 + 4
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(before[:4])
-    assert [line["step"] for line in runs.read_lines(tmp_path / "samples.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert runs.truncate_after(tmp_path / "nothing", 0) == 0
 
 
@@ -153,70 +151,13 @@ def test_samples_keep_any_text_and_the_picture(tmp_path):
     picture.save(png, "PNG")
     runs.log_samples(tmp_path, 0, [{"text": text, "images": [picture, png.getvalue(), "photo.jpg"]}, {"text": "x"}])
     runs.log_samples(tmp_path, 5, [{"text": text, "images": [picture]}])
-    first, second, third = runs.read_lines(tmp_path / "samples.jsonl")
+    first, second, third = read_lines(tmp_path / "samples.jsonl")
     assert first["text"] == third["text"] == text and second == {"step": 0, "text": "x"}
     assert first["images"][2] == "photo.jpg" and first["images"][0] == third["images"][0]
     for name in first["images"][:2]:
         assert Image.open(tmp_path / name).getpixel((0, 0)) == (1, 2, 3)
     runs.truncate_after(tmp_path, 5)
-    assert runs.read_lines(tmp_path / "samples.jsonl")[0]["text"] == text
-
-
-def test_broken_line_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="x.jsonl, line 2: not JSON"):
-        runs.read_lines(tmp_path / "x.jsonl")
-
-
-def test_what_a_crash_broke_off_is_cut_and_whole_lines_stay(tmp_path):
-    path = tmp_path / "x.jsonl"
-    runs.append_lines(path, [{"text": "a\nb \ud800"}, {"text": "é"}])
-    whole = path.read_bytes()
-    assert not runs.cut_torn_line(path) and path.read_bytes() == whole == runs.json_lines(runs.read_lines(path))
-    path.write_bytes(whole + b'{"text": "c')
-    assert len(runs.read_lines(path)) == 2
-    assert runs.cut_torn_line(path) and path.read_bytes() == whole
-    path.write_bytes(b'{"te')
-    assert runs.cut_torn_line(path) and path.read_bytes() == b""
-    with pytest.raises(ValueError):
-        runs.append_lines(path, [{"fine": 1}, {"x": float("nan")}])
-    assert path.read_bytes() == b""
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    runs.replace_file(path, b"old")
-    monkeypatch.setattr(runs, "open", lambda path, mode: io.BufferedWriter(FullAfter(path, mode)), raising=False)
-    with pytest.raises(runs.FullDisk, match="x.json was not written, the disk is full; the old one, if any, is .*"):
-        runs.replace_file(path, b"new" * 10)
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-class FullAfter(io.FileIO):
-    """A file on a disk with room for `room` more bytes."""
-
-    room = 20
-
-    def write(self, data):
-        if self.room == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        data = bytes(data)[: self.room]
-        self.room -= len(data)
-        return super().write(data)
-
-
-def test_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
-    runs.log_metrics(tmp_path, 0, {"x": 1.0})
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-
-    def open_on_a_full_disk(path, mode, **options):
-        return FullAfter(path, mode) if mode == "ab" else open(path, mode, **options)
-
-    monkeypatch.setattr(runs, "open", open_on_a_full_disk, raising=False)
-    with pytest.raises(runs.FullDisk, match="disk is full; the lines before are untouched: free some space") as caught:
-        runs.log_metrics(tmp_path, 1, {"x": 1.0, "a longer name": 2.0})
-    assert "\n" not in str(caught.value)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert read_lines(tmp_path / "samples.jsonl")[0]["text"] == text
 
 
 # checkpoints --------------------------------------------------------------------------------------------------------
@@ -265,7 +206,7 @@ def test_full_disk_keeps_the_earlier_checkpoints(tmp_path, wrapped):
                 raise RuntimeError(f"Error while serializing: I/O error: {error.strerror} (os error 28)") from error
             raise
 
-    with pytest.raises(runs.FullDisk, match="step_2 was not written, the disk is full; step_1 .* untouched") as caught:
+    with pytest.raises(FullDisk, match="step_2 was not written, the disk is full; step_1 .* untouched") as caught:
         runs.save_checkpoint(tmp_path, 2, write, keep=1)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
@@ -304,7 +245,6 @@ def test_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path):
     path = script(tmp_path, """
 import os, runs
 from pathlib import Path
-from types import SimpleNamespace
 run = Path(sys.argv[1])
 def write(folder, die=False):
     (folder / "a").write_text("a")
@@ -329,38 +269,17 @@ def test_rng_state_survives_a_file_and_gives_the_same_draws(tmp_path):
     assert draws() + draws() == want
 
 
-# signals and errors -------------------------------------------------------------------------------------------------
-
-
-def test_signals_only_set_a_flag_and_a_second_ctrl_c_interrupts(tmp_path):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    stop = runs.stop_on_signals(stop_file=tmp_path / "stop")
-    try:
-        assert not stop.requested
-        (tmp_path / "stop").touch()
-        assert stop.requested
-        (tmp_path / "stop").unlink()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0)  # a bytecode on which the handler may run
-    finally:
-        stop.restore()
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+# signals ------------------------------------------------------------------------------------------------------------
 
 
 STEPS = """
-import os, runs, signal
+import command, os, runs, signal
 from pathlib import Path
-from types import SimpleNamespace
 run = runs.open_run(Path(sys.argv[1]), {}, resume="--resume" in sys.argv)
 newest = runs.latest_checkpoint(run)
 start = newest[0] if newest else 0
 runs.truncate_after(run, start)
-stop = runs.stop_on_signals(stop_file=run / "stop")
+stop = command.StopSignal(stop_file=run / "stop")
 for step in range(start, 6):
     if step == 3 and not newest:
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
@@ -378,109 +297,13 @@ def test_a_signal_ends_the_step_saves_and_resume_repeats_nothing(tmp_path, name,
     path, run = script(tmp_path, STEPS), tmp_path / "run"
     assert subprocess.run([sys.executable, path, run, name]).returncode == code
     assert (run / "in_the_middle").exists() == (code == 0), "the step went on after the signal"
-    assert len(runs.read_lines(run / "metrics.jsonl")) == steps
+    assert len(read_lines(run / "metrics.jsonl")) == steps
     assert runs.latest_checkpoint(run)[0] == (4 if code == 0 else 2)
     assert subprocess.run([sys.executable, path, run, name, "--resume"]).returncode == 0
-    assert [line["step"] for line in runs.read_lines(run / "metrics.jsonl")] == list(range(6))
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(6))
 
 
-HANG = """
-import os, runs, torch
-import torch.distributed as dist
-rank = int(os.environ["RANK"])
-with runs.die_together(rank, world_size=2):
-    dist.init_process_group("gloo")
-    runs.stop_on_signals(rank=rank)
-    dist.barrier()
-    if rank == 1:
-        raise LookupError("rank one is broken")
-    while True:
-        WAIT
-"""
-
-
-@pytest.mark.parametrize("wait", [
-    "dist.all_reduce(torch.ones(1))",
-    pytest.param("time.sleep(1)", marks=pytest.mark.slow),  # a peer that notices nothing, as in an NCCL collective
-])
-def test_one_rank_that_raises_ends_all_with_its_traceback(tmp_path, wait):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = script(tmp_path, "import time\n" + HANG.replace("WAIT", wait))
-    began = time.monotonic()
-    done = subprocess.run([*torchrun, path], capture_output=True, text=True, timeout=100,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0
-    assert time.monotonic() - began < 60 + 20, "a minute, and 20 s for starting two interpreters with torch"
-    assert "[rank 1] LookupError: rank one is broken" in done.stderr
-    assert '[rank 1]   File "' in done.stderr, "the traceback says where"
-
-
-def test_with_one_rank_errors_just_pass(capsys):
-    with pytest.raises(LookupError), runs.die_together(0, world_size=1):
-        raise LookupError("x")
-    with pytest.raises(SystemExit) as caught, runs.die_together(1, world_size=2):
-        sys.exit(0)
-    assert caught.value.code == 0
-    with pytest.raises(SystemExit, match="error: metrics.jsonl was not written"), runs.die_together(0, world_size=1):
-        raise runs.FullDisk("metrics.jsonl was not written")
-
-
-def test_errors_of_the_user_are_one_line():
-    for error in (ValueError("two\nlines"), FileNotFoundError("two\nlines"), ImportError("two lines")):
-        with pytest.raises(SystemExit) as caught, runs.one_line_errors():
-            raise error
-        assert caught.value.code == "error: two lines"
-    with pytest.raises(KeyError), runs.one_line_errors():  # a bug of ours keeps its traceback
-        raise KeyError("x")
-
-
-def test_a_shadowed_kernels_package_is_found_without_importing_it(tmp_path, monkeypatch):
-    runs.check_shadowed_kernels()
-    info = tmp_path / "kernels-0.9.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(SystemExit, match="'kernels' 0.9.0 .* pip uninstall kernels"):
-        runs.check_shadowed_kernels()
-
-
-# what one sees ------------------------------------------------------------------------------------------------------
-
-
-def test_progress_prints_plain_lines_without_a_terminal():
-    out = io.StringIO()
-    progress = runs.Progress(12, start=2, every=0.0, file=out)
-    for step in range(2, 12):
-        progress.show(step, {"reward": step / 10, "accuracy": 0.5})
-    progress.close()
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 10
-    assert lines[0].startswith("step 3/12  reward 0.200  accuracy 0.500") and lines[-1].endswith("00:00 left")
-    assert " s/step " in lines[0]
-    other = io.StringIO()
-    runs.Progress(3, unit="row", file=other).show(0, {})
-    assert other.getvalue().startswith("row 1/3 ") and " s/row " in other.getvalue()
-    seldom, quiet = io.StringIO(), io.StringIO()
-    for file, rank in ((seldom, 0), (quiet, 1)):
-        progress = runs.Progress(5, rank=rank, every=1e9, file=file)
-        for step in range(5):
-            progress.show(step, {"reward": 0.0})
-    assert [line.split()[1] for line in seldom.getvalue().splitlines()] == ["1/5", "5/5"], "the first and the last"
-    assert quiet.getvalue() == ""
-
-
-def test_progress_is_a_bar_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    out = Terminal()
-    progress = runs.Progress(4, start=1, file=out)
-    progress.show(1, {"reward": 0.25})
-    progress.show(3, {"reward": 0.75})
-    progress.close()
-    last = out.getvalue().split("\r")[-1]
-    assert "4/4" in last and "reward 0.750" in last
+# the curve of the reward --------------------------------------------------------------------------------------------
 
 
 def test_plot_shows_reward_parts_and_validation(tmp_path):
@@ -498,7 +321,7 @@ def test_plot_shows_reward_parts_and_validation(tmp_path):
     assert not list(tmp_path.glob("*.tmp*"))
 
 
-# ---------------------------------------------------------------- tracker
+# tracker ----------------------------------------------------------------------------------------------------------
 
 
 def test_wandb_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
