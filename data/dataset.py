@@ -87,6 +87,7 @@ def iter_rows(source: str, *, limit: int | None) -> Iterator[tuple[str, dict | N
             return
         place = f"{file}, row {number}"
         try:
+            record = json_object(record) if isinstance(record, bytes) else record
             row = to_row(record, folder=Path(file).parent, index=count, source=name)
         except ValueError as error:
             yield place, None, str(error)
@@ -98,8 +99,9 @@ def iter_rows(source: str, *, limit: int | None) -> Iterator[tuple[str, dict | N
         yield place, row, None
 
 
-def read_records(name: str, split: str | None) -> Iterator[tuple[str, int, dict]]:
-    """Yields (file, row number from 1, record) in file order, pictures as {bytes, path} or path strings."""
+def read_records(name: str, split: str | None) -> Iterator[tuple[str, int, dict | bytes]]:
+    """Yields (file, row number from 1, record) in file order, pictures as {bytes, path} or path strings; of JSONL the line
+    as it stands: one that is not JSON is then a bad row like any other."""
     path = Path(name).expanduser()
     if path.is_dir():
         files = split_files(path, split or "train")
@@ -116,7 +118,7 @@ def read_records(name: str, split: str | None) -> Iterator[tuple[str, int, dict]
     for file in files:
         if file.suffix not in (".parquet", ".jsonl"):
             raise ValueError(f"{file}: unknown kind of file: give .parquet or .jsonl")
-        yield from parquet_records(file) if file.suffix == ".parquet" else jsonl_records(file)
+        yield from parquet_records(file) if file.suffix == ".parquet" else jsonl_lines(file)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -131,18 +133,29 @@ def split_files(folder: Path, split: str) -> list[Path]:
                             + (f"use @split with one of {', '.join(found)}" if found else "the folder holds no rows"))
 
 
+def jsonl_lines(file: Path) -> Iterator[tuple[str, int, bytes]]:
+    with open(file, "rb") as lines:
+        yield from ((str(file), number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def json_object(line: bytes) -> dict:
+    """The record of a line. Raises ValueError('problem: cure')."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}): write one object a line, in UTF-8") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, not an object: write {{...}}")
+    return record
+
+
 def jsonl_records(file: Path) -> Iterator[tuple[str, int, dict]]:
-    with open(file, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, row {number}: not JSON ({error}): write one object a line") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{file}, row {number}: a {type(record).__name__}, not an object: write {{...}}")
-            yield str(file), number, record
+    """Yields (file, line number from 1, record); raises ValueError at the first line that holds none."""
+    for place, number, line in jsonl_lines(file):
+        try:
+            yield place, number, json_object(line)
+        except ValueError as error:
+            raise ValueError(f"{place}, row {number}: {error}") from None
 
 
 def parquet_records(file: Path) -> Iterator[tuple[str, int, dict]]:

@@ -1,7 +1,7 @@
 """The row (design section 3): made from a record of a file, checked, moved to another frame, written again.
 
-A record is in the STVQA-7K columns (spec 3.1) or in the row's own keys. Whatever is wrong with it is one
-ValueError('problem: cure'); the caller, who knows file and row number, puts these in front.
+A record is in the STVQA-7K columns (spec 3.1), in those of SpaceR-151k (data/spacer_rows.py) or in the row's own keys.
+Whatever is wrong with it is one ValueError('problem: cure'); the caller, who knows file and row number, puts these in front.
 """
 import io
 import os
@@ -15,11 +15,12 @@ from PIL import Image
 from data.pictures import frame_size, picture_size
 from data.prompts import build_prompt, question_text
 from data.spacer_rows import SPACER_REQUIRED, spacer_row
-from rewards import extract_answer, extract_scene, extract_size, solution_text
+from rewards import extract_answer, extract_scene, extract_size, read_number, solution_text
 
 KINDS = ("choice", "number", "ocr", "text", "regression", "mra", "yes_no", "view_change")
 STVQA_REQUIRED = ("images", "question_only", "options", "answer_only", "answer_option_text")
 ROW_REQUIRED = ("images", "question", "gold")
+FORMATS = {"own": ROW_REQUIRED, "STVQA-7K": STVQA_REQUIRED, "SpaceR-151k": SPACER_REQUIRED}
 ROW_KEYS = ("id", "source", "category", "images", "question", "options", "gold", "kind", "size", "scene", "map",
             "problem", "style", "meta")
 VIDEO_KEYS = ("video", "fps", "span")  # instead of images
@@ -28,7 +29,7 @@ VIDEO_KEYS = ("video", "fps", "span")  # instead of images
 # ---------------------------------------------------------------- records to rows
 
 def to_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
-    """One record, in the STVQA-7K columns or in our own keys, as a checked row. Raises ValueError('problem: cure')."""
+    """One record, in the columns of one of FORMATS, as a checked row. Raises ValueError('problem: cure')."""
     if "video" in record and "images" not in record:
         record = {"images": None, **record}
     if all(key in record for key in STVQA_REQUIRED):
@@ -38,11 +39,12 @@ def to_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
     elif all(key in record for key in ROW_REQUIRED):
         row = own_row(record, folder=folder, index=index, source=source)
     else:
-        nearest = STVQA_REQUIRED if "question" not in record else ROW_REQUIRED
-        missing = ", ".join(key for key in nearest if key not in record)
-        raise ValueError(f"missing column {missing}: give the STVQA-7K columns ({', '.join(STVQA_REQUIRED)}) "
-                         f"or row keys ({', '.join(ROW_REQUIRED)}, options)")
+        nearest = max(FORMATS, key=lambda name: sum(key in record for key in FORMATS[name]) / len(FORMATS[name]))
+        missing = ", ".join(key for key in FORMATS[nearest] if key not in record)
+        raise ValueError(f"missing column {missing}: {nearest} rows need {', '.join(FORMATS[nearest])} (other formats: "
+                         f"{', '.join(name for name in FORMATS if name != nearest)})")
     check_answer(row)
+    check_number(row)
     if row["scene"] is not None:
         row["scene"] = clean_scene(row["scene"], row["size"])
     if row["map"] is not None:
@@ -111,8 +113,10 @@ def video_keys(record: dict, folder: Path) -> dict:
         raise ValueError(f"the video is {str(video)[:60]!r}: give a path, or a list of frames with their fps")
     if isinstance(fps, bool) or not (fps is None or isinstance(fps, (int, float)) and 0 < fps < 1e6):
         raise ValueError(f"fps is {fps}: give frames a second, or leave it out for a video file")
-    if span is not None and not (isinstance(span, list) and len(span) == 2 and span[0] < span[1]):
-        raise ValueError(f"span is {span}: give [start, end] in seconds, or leave it out")
+    if span is not None and not (
+            isinstance(span, list) and [type(v) in (int, float) and -1e9 < v < 1e9 for v in span] == [True, True]
+            and span[0] < span[1]):  # fmt: skip
+        raise ValueError(f"span is {str(span)[:60]}: give [start, end] in seconds, or leave it out")
     video = picture_list(video, folder) if isinstance(video, list) else str(folder / os.path.expanduser(video))
     return {"video": video, "fps": fps, "span": span and tuple(span)}
 
@@ -154,6 +158,21 @@ def check_answer(row: dict) -> None:
         raise ValueError(f"options carry their letters ({options[0]!r}): leave the letters out")
     if len(gold) != 1 or gold not in letters:
         raise ValueError(f"gold letter {gold!r} is out of range A to {letters[-1]}: correct the letter or the options")
+
+
+def check_number(row: dict) -> None:
+    """A gold of a number kind is one finite number that upstream's graders (float(), for a regression without its commas)
+    and the corrected ones (read_number) read alike, or ValueError('problem: cure'): with another no answer scores in one of
+    the modes. Not for benchmarks, which keep the golds that were published."""
+    if row["kind"] not in ("number", "mra", "regression"):
+        return
+    try:
+        number = float(row["gold"].replace(",", "") if row["kind"] == "regression" else row["gold"])
+    except ValueError:
+        number = None
+    if number is None or number != read_number(row["gold"]):
+        raise ValueError(f"gold {row['gold'][:60]!r} of kind {row['kind']} is not one plain number: write it in digits, "
+                         "1200 or 0.5, without unit or comma, or use kind text")
 
 
 def check_map(plan: dict) -> None:

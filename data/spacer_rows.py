@@ -8,6 +8,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
+from string import ascii_uppercase
 
 from rewards import PROBLEM_TYPES, extract_answer
 
@@ -15,14 +16,15 @@ SPACER_REQUIRED = ("problem", "problem_type", "solution", "path", "data_type")
 KIND_OF = {name: kind for kind, name in PROBLEM_TYPES.items() if kind != "number"}  # numerical is graded by MRA
 SPATIAL = "SR_dataset"  # the data_source whose rows have maps
 MAP_FILES = ("annotation/cognitive_map.jsonl", "cognitive_map.jsonl")
+LETTER = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
 
 
 def spacer_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
     """One record as a row. Raises ValueError('problem: cure'). A path is looked for beside the file, then in the working
     directory, as published."""
-    kind, path, media = KIND_OF.get(record["problem_type"]), record["path"], record["data_type"]
+    kind, path, media = KIND_OF.get(str(record["problem_type"])), record["path"], record["data_type"]
     if kind is None:
-        raise ValueError(f"problem_type {record['problem_type']!r} is unknown: use one of {', '.join(KIND_OF)}")
+        raise ValueError(f"problem_type {str(record['problem_type'])[:60]!r} is unknown: use one of {', '.join(KIND_OF)}")
     if media not in ("image", "video"):
         raise ValueError(f"data_type {media!r} is unknown: use image or video")
     if not isinstance(path, str) or not path:
@@ -30,19 +32,32 @@ def spacer_row(record: dict, *, folder: Path, index: int, source: str) -> dict:
     if not isinstance(record["solution"], str) or not extract_answer(record["solution"]):
         raise ValueError(f"solution is {str(record['solution'])[:60]!r}: write <answer>...</answer>")
     place = folder / path if (folder / path).exists() or not Path(path).exists() else Path(path)
-    options = record.get("options") or []
-    if kind == "choice":
-        options = [re.sub(r"^\s*[A-Z][.):]\s*", "", str(option)) for option in options]
     origin = record.get("data_source") or ""
+    if not isinstance(origin, str):
+        raise ValueError(f"data_source is {str(origin)[:60]}: give a text, {SPATIAL} for rows with maps, or leave it out")
     return {
         "id": f"{record.get('problem_id', 'spacer')}-{index}", "source": source, "category": origin,
         "images": [str(place)] if media == "image" else [], **({"video": str(place), "fps": None, "span": None}
                                                                if media == "video" else {}),
-        "question": record["problem"], "options": options if kind == "choice" else [],
+        "question": record["problem"], "options": option_texts(record.get("options") or []) if kind == "choice" else [],
         "gold": extract_answer(record["solution"]), "kind": kind, "size": None, "scene": None,
         "map": gold_map(folder, place.stem) if origin == SPATIAL else None, "problem": None, "style": None,
         "meta": {"problem_type": record["problem_type"], "data_source": origin},
     }  # fmt: skip
+
+
+def option_texts(options: list[str]) -> list[str]:
+    """["A. left", "B. right"] -> ["left", "right"]; options without letters stay as they are. Raises ValueError for letters
+    out of order: the prompt would give them to other texts, and the gold letter with them."""
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"options are {str(options)[:60]}: give a list of texts, [\"A. left\", \"B. right\"]")
+    marks = [LETTER.match(option) for option in options]
+    if not any(marks):
+        return options
+    letters = [mark[1].upper() if mark else "none" for mark in marks]
+    if letters != [*ascii_uppercase[: len(options)]]:
+        raise ValueError(f"options have the letters {', '.join(letters)[:60]}: write A, B, C in this order, or none at all")
+    return [option[mark.end() :] for option, mark in zip(options, marks)]
 
 
 def gold_map(folder: Path, video: str) -> dict | None:

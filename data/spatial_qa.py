@@ -37,6 +37,7 @@ from scipy.optimize import lsq_linear
 GRID = 10
 VAGUE = ("wall", "floor", "ceiling", "object", "doorframe", "structure", "otherfurniture", "otherstructure", "otherprop")
 MARGINS = {"degrees": 10, "apart": 0.3, "closest": 0.15, "distance": 0.1, "seen": 1}  # deg, m, m, m, unit of first_seen
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 PER_SCENE = {"rel_direction": 26, "abs_distance": 13, "appearance_order": 13, "object_size": 11, "room_size": 1,
              "rel_distance": 10, "counting": 4}  # at most; in the proportions of SR-91k (4.3)  # fmt: skip
 DIRECTIONS = {"easy": ("left", "right"), "medium": ("left", "right", "back"),
@@ -88,19 +89,26 @@ def read_annotations(path: str | Path) -> dict[str, dict]:
 
 def read_room(annotation: dict) -> Room:
     """An annotation, checked. ValueError('problem: cure')."""
-    boxes = {}
-    if not isinstance(annotation.get("object_bbox"), dict):
+    boxes, listed, area = {}, annotation.get("object_bbox"), annotation.get("room_size")
+    seen, counts = (annotation.get(key) or {} for key in ("first_seen", "object_counts"))
+    if not isinstance(listed, dict):
         raise ValueError("object_bbox is no object: give {category: [box, ...]}")
-    for name, found in annotation["object_bbox"].items():
+    for name, found in listed.items():
+        if not isinstance(found, list):
+            raise ValueError(f"object_bbox has {str(found)[:60]} for {name}: give a list of boxes")
         boxes[name] = [read_box(name, box) for box in found]
-    area, seen = annotation.get("room_size"), annotation.get("first_seen") or {}
     if area is not None and not (isinstance(area, (int, float)) and 0 < area < 1e6):
         raise ValueError(f"room_size is {area}: give square metres, or leave it out")
+    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+        raise ValueError("object_counts is no object of numbers: give {category: number}, or leave it out")
+    if not isinstance(seen, dict):
+        raise ValueError("first_seen is no object: give {category: [time, ...]}, or leave it out")
     for name, times in seen.items():
+        if not isinstance(times, list) or not all(type(time) in (int, float) and abs(time) < math.inf for time in times):
+            raise ValueError(f"first_seen has {str(times)[:60]} for {name}: give a list of times, in numbers")
         if len(times) != len(boxes.get(name, ())):
             there = len(boxes.get(name, ()))
             raise ValueError(f"first_seen has {len(times)} times for {there} of {name}: give one for each")
-    counts = annotation.get("object_counts") or {}
     clear = sorted(name for name, found in boxes.items() if len(found) == counts.get(name, len(found)) and name not in VAGUE)
     return Room({name: found for name, found in boxes.items() if found}, area, {n: min(t) for n, t in seen.items() if t},
                 [name for name in clear if boxes[name]], {})  # fmt: skip
@@ -128,10 +136,35 @@ def room_of(scene: str) -> str:
 
 
 def read_exclusions(path: str | Path) -> set[str]:
-    """The rooms of a file: a scene or room a line (# begins a comment), or an annotation file's scenes."""
-    text = Path(path).read_text(encoding="utf-8")
-    names = json.loads(text) if text.lstrip().startswith("{") else [line.split("#")[0].strip() for line in text.splitlines()]
+    """The rooms of a file: a scene or room a line (# begins a comment), a JSON list of them, or an annotation file's scenes.
+    Raises ValueError naming file and cure for any other form: a name read wrongly would let test rooms into training."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    cure = "write one scene or room a line, a JSON list of them, or {scene: annotation}"
+    names = [line.split("#")[0].strip() for line in text.splitlines()]
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}): {cure}") from None
+        if isinstance(names, dict) and not all(isinstance(scene, dict) for scene in names.values()):
+            raise ValueError(f"{path}: an object, but not of annotations by scene: {cure}")
+    for name in names:
+        if not isinstance(name, str) or set(name) & set("\"[]{},;\t"):
+            raise ValueError(f"{path}: {str(name)[:60]!r} is no name of a scene or room: {cure}")
     return {room_of(Path(name).stem) for name in names if name}
+
+
+def scene_videos(folder: str | Path) -> dict[str, Path]:
+    """{scene: its video, or its folder of frames}; other files, such as ScanNet's X.txt beside X.mp4, are passed over.
+    Raises ValueError for a scene with two."""
+    found: dict[str, Path] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_dir() or path.suffix.lower() in VIDEOS:
+            scene = path.name if path.is_dir() else path.stem
+            if scene in found:
+                raise ValueError(f"{folder}: scene {scene} has two videos, {found[scene].name} and {path.name}: keep one")
+            found[scene] = path
+    return found
 
 
 # ---------------------------------------------------------------- geometry
@@ -329,9 +362,9 @@ def clip_rows(row: dict, *, seed: int = 0, per_scene: dict[str, int] = PER_SCENE
 @dataclass(frozen=True)
 class Config:
     annotations: tuple[str, ...]  # JSON files, {scene: annotation}
-    videos: str  # folder with a video SCENE.mp4, or another ending, for each scene; scenes without one are left out
+    videos: str  # folder with SCENE.mp4, or another of VIDEOS, or a folder SCENE of frames; scenes without are left out
     out: str  # JSONL of rows
-    exclude: tuple[str, ...] = ()  # rooms that must not be trained on: lists of scenes, or a benchmark's annotation files
+    exclude: tuple[str, ...] = ()  # rooms not to be trained on: lists, a benchmark's annotations, see read_exclusions
     fps: float | None = None  # of scenes that are folders of frames
     scale: float = 1.0  # of the number of questions a scene, see PER_SCENE
     seed: int = 0
@@ -339,13 +372,13 @@ class Config:
 
 def main(cfg: Config) -> None:
     excluded = set().union(*(read_exclusions(path) for path in cfg.exclude))
-    files = {path.stem: path for path in sorted(Path(cfg.videos).iterdir())}
+    files = scene_videos(cfg.videos)
     per_scene = {kind: max(1, round(cfg.scale * most)) for kind, most in PER_SCENE.items()}
-    kept, counts, missing, dropped = [], dict.fromkeys(PER_SCENE, 0), 0, 0
+    kept, counts, missing, dropped = [], dict.fromkeys(PER_SCENE, 0), 0, []
     for path in cfg.annotations:
         for scene, annotation in read_annotations(path).items():
             if room_of(scene) in excluded:
-                dropped += 1
+                dropped.append(room_of(scene))
             elif scene not in files:
                 missing += 1
             else:
@@ -357,7 +390,8 @@ def main(cfg: Config) -> None:
     partial = Path(cfg.out + ".tmp")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     partial.replace(cfg.out)
-    print(f"{cfg.out}: {len(kept)} rows; {dropped} scenes excluded by room, {missing} without a video")
+    met = f"{len(set(dropped))} of the {len(excluded)} rooms to exclude"
+    print(f"{cfg.out}: {len(kept)} rows; {len(dropped)} scenes excluded ({met}), {missing} without a video")
     print("  " + ", ".join(f"{kind} {count}" for kind, count in counts.items()))
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.dataset import encode, encode_rows, expand, load_rows
+from data.dataset import check, encode, encode_rows, expand, load_rows
 from data.pictures import BrokenPicture, decode_picture, frame_size, process_image, resized_size
 from data.prompts import PROMPTS, build_messages, build_prompt, options_text
-from data.rows import ROW_KEYS, clean_scene, stvqa_record, to_resized_frame, to_row, write_stvqa
+from data.rows import FORMATS, ROW_KEYS, clean_scene, stvqa_record, to_resized_frame, to_row, write_stvqa
+from rewards import grade
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = Path(__file__).parent / "vectors" / "spatialthinker.jsonl"
@@ -307,14 +308,17 @@ def test_any_value_anywhere_gives_a_row_or_one_value_error(ours, where, key, val
 
 
 BAD_OWN = {
-    "missing column": ({"gold": ...}, "missing column gold"),
+    "missing column": ({"gold": ...}, "missing column gold: own rows need images, question, gold"),
     "unknown key": ({"answers": "A"}, "unknown key answers"),
     "kind": ({"kind": "guess"}, "kind 'guess' is unknown"),
     "lower-case letter": ({"gold": "a"}, "gold letter 'a'"),
     "size": ({"size": [60, 100]}, "size is [60, 100], the picture (100, 60)"),
     "options": ({"options": "left, right"}, "not a list of texts"),
     "double id": ({"id": "first"}, "already that of row 1"),
-}
+    **{f"{kind} {gold}": ({"kind": kind, "gold": gold, "options": []}, f"gold '{gold}' of kind {kind} is not one plain")
+       for kind, gold in (("number", "three"), ("mra", "1,200"), ("number", float("nan")), ("mra", True), ("mra", "1_000"),
+                          ("number", float("inf")), ("regression", "3 m"), ("regression", "1,2"))},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_OWN)
@@ -325,6 +329,26 @@ def test_a_bad_row_of_ones_own_is_named(name, tmp_path):
     with pytest.raises(ValueError) as error:
         load_rows(str(file))
     assert str(error.value).startswith(f"{file}, row 2: ") and words in str(error.value), error.value
+
+
+@pytest.mark.parametrize("kind, gold", [
+    ("number", 0), ("number", -2.5), ("mra", "0.1"), ("mra", " 7 "), ("mra", "+.5"), ("number", 1e-7), ("number", 1e22),
+    ("regression", "-1,200.5"), ("text", "3 m"), ("ocr", "1,200"), ("text", "three")])
+def test_a_gold_that_can_score_is_taken(kind, gold, tmp_path):
+    row, = load_rows(str(write_jsonl(tmp_path / "mine.jsonl", [own(tmp_path, kind=kind, gold=gold, options=[])])))
+    assert row["gold"] == str(gold) and grade(row, f"<answer>{gold}</answer>")["correct"]
+
+
+SPACER = dict(problem_id=1, problem="Which?", problem_type="multiple choice", options=["A. left", "B. right"],
+              solution="<answer>A</answer>", path="x.mp4", data_type="video", data_source="general")
+
+
+@pytest.mark.parametrize("name, key", [(name, key) for name, keys in FORMATS.items() for key in keys])
+def test_a_missing_column_is_named_by_the_nearest_format(name, key, tmp_path):
+    record = {"own": own(tmp_path), "STVQA-7K": stvqa(images="a.png"), "SpaceR-151k": SPACER}[name]
+    file = write_jsonl(tmp_path / "mine.jsonl", [{other: record[other] for other in record if other != key}])
+    with pytest.raises(ValueError, match=f"row 1: missing column {key}: {name} rows need {', '.join(FORMATS[name])} "):
+        load_rows(str(file))
 
 
 def test_bad_files_are_named(tmp_path):
@@ -350,6 +374,19 @@ def test_bad_rows_can_be_left_out(tmp_path, capsys):
     file = write_jsonl(tmp_path / "mine.jsonl", [own(tmp_path), own(tmp_path, gold="Z"), own(tmp_path)])
     assert [row["id"] for row in load_rows(str(file), skip_bad=True)] == ["mine-0", "mine-2"]
     assert "1 bad rows left out" in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_record_is_one_bad_row(tmp_path, capsys):
+    good = json.dumps(own(tmp_path)).encode()
+    lines = [b"\xef\xbb\xbf" + good, b"{oops", good, b"[1]", b"", b'{"a": "\xff"}', good]
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join(lines))
+    assert [row["id"] for row in load_rows(str(tmp_path / "mine.jsonl"), skip_bad=True)] == ["mine-0", "mine-2", "mine-5"]
+    assert "3 bad rows left out" in capsys.readouterr().out
+    assert check(str(tmp_path / "mine.jsonl")) == 3
+    lines = capsys.readouterr().out.splitlines()
+    for line, number, words in zip(lines, (2, 4, 6), ("not JSON", "a list, not an object", "UTF-8"), strict=False):
+        assert line.startswith(f"{tmp_path}/mine.jsonl, row {number}: ") and words in line
+    assert lines[3:] == [f"{tmp_path}/mine.jsonl: 6 rows, 3 good (0 with a gold scene), 3 bad"]
 
 
 def test_check_names_every_bad_row_and_exits_1(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data import spatial_qa as Q
+from data.dataset import load_rows
 
 REAL = Path("/work/shared/realdata")
 LETTERS = "ABCD"
@@ -243,11 +244,48 @@ def test_command_line(tmp_path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["meta"]["scene"]: row["fps"] for row in rows} == {"scene0002_00": None, "house": 2}
     said = capsys.readouterr().out
-    assert f"{len(rows)} rows; 2 scenes excluded by room, 1 without a video" in said and "room_size 2" in said
+    assert f"{len(rows)} rows; 2 scenes excluded (1 of the 2 rooms to exclude), 1 without a video" in said
+    assert "room_size 2" in said
+    assert [row["gold"] for row in load_rows(str(out))] == [row["gold"] for row in rows]  # what is written can be trained on
+
+
+@pytest.mark.parametrize("text", [
+    "scannet/scene0050_01.mp4\n# a comment\nscene0001 # another\n42444946\n", "\ufeffscene0050_01\nscene0001\n42444946",
+    ["scene0050_01", "scene0001_00.mp4", "42444946"], {"scene0050_01": {}, "scene0001_03": {}, "42444946": {}},
+])  # fmt: skip
+def test_exclusions_of_every_form(tmp_path, text):
+    assert Q.read_exclusions(write(tmp_path / "list", text)) == {"scene0050", "scene0001", "42444946"}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("scene0050_01,test\n", "'scene0050_01,test' is no name"), ("scene0050_01;x", "is no name"), ("a\tb", "is no name"),
+    ('"scene0050_01"\n', "is no name"), ("# rooms\n[scene0050_01]", "is no name"), ([["scene0050_01"]], "is no name"),
+    ([3], "'3' is no name"), ({"test": ["scene0050_01"]}, "not of annotations by scene"), ('["scene0050_01"', "not JSON"),
+    ('{"scene_name": "a"}\n{"scene_name": "b"}', "not JSON"),
+])  # fmt: skip
+def test_exclusions_that_would_exclude_nothing_are_refused(tmp_path, text, message):
+    path = write(tmp_path / "list", text)
+    with pytest.raises(ValueError, match=f"{re.escape(path)}: .*{message}.*: write one scene or room a line"):
+        Q.read_exclusions(path)
+
+
+def test_only_videos_and_folders_are_the_videos_of_scenes(tmp_path):
+    for name in ("a.MP4", "a.txt", "a.json", "b.txt", "c.mkv"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "v1.2").mkdir()
+    assert Q.scene_videos(tmp_path) == {"a": tmp_path / "a.MP4", "c": tmp_path / "c.mkv", "v1.2": tmp_path / "v1.2"}
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}: scene c has two videos, c and c.mkv: keep one"):
+        Q.scene_videos(tmp_path)
 
 
 @pytest.mark.parametrize("annotation, message", [
-    ({}, "object_bbox is no object"), ({"object_bbox": {"a": [{}]}}, "a box of a has not centroid"),
+    ({}, "object_bbox is no object"), ({"object_bbox": {"a": None}}, "object_bbox has None for a"),
+    ({"object_bbox": {"a": 3}}, "object_bbox has 3 for a"), ({**ROOM, "first_seen": [1]}, "first_seen is no object"),
+    *(({**ROOM, "first_seen": {"sofa": times}}, "first_seen has .* for sofa") for times in (
+        3, None, [None], ["1"], [True], [math.nan])),
+    *(({**ROOM, "object_counts": counts}, "object_counts is no object of numbers") for counts in ([1], 3, {"sofa": "1"})),
+    ({"object_bbox": {"a": [{}]}}, "a box of a has not centroid"),
     ({"object_bbox": {"a": [{**box(0, 0), "centroid": [0, 0, math.nan]}]}}, "a box of a has not centroid"),
     ({"object_bbox": {"a": [{**box(0, 0), "axesLengths": [1, -1, 1]}]}}, "a box of a has not centroid"),
     ({"object_bbox": {"a": [{**box(0, 0), "normalizedAxes": [2, 0, 0, 0, 1, 0, 0, 0, 1]}]}}, "not orthogonal unit rows"),

@@ -130,9 +130,12 @@ def test_video_rows_from_jsonl(tmp_path):
 
 @pytest.mark.parametrize("record, message", [
     ({"video": 3}, "the video is '3'"), ({"video": "a.mp4", "fps": "2"}, "fps is 2: give frames a second"),
-    ({"video": "a.mp4", "span": [2, 1]}, "span is .2, 1.: give"), ({"video": "a.mp4", "images": ["b.png"]}, "in one row"),
+    ({"video": "a.mp4", "images": ["b.png"]}, "in one row"),
     ({"video": "a.mp4", "map": {"a": [1, 2]}}, "the map has .1, 2. for a: give a list of cells"),
     ({"video": "a.mp4", "map": [1]}, "the map is no object"), ({"video": "a.mp4", "clip": 1}, "unknown key clip"),
+    *(({"video": "a.mp4", "span": span}, "span is .*: give .start, end. in seconds") for span in (
+        [2, 1], [1, "2"], ["1", "5"], [None, 3], [[1], [2]], [False, True], [1], [1, 2, 3], [0, float("inf")], [1, 10**400],
+        "15", 3)),
 ])  # fmt: skip
 def test_bad_video_rows_name_the_cure(tmp_path, record, message):
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "gold": "g", **record}])
@@ -163,7 +166,7 @@ def test_records_of_spacer_become_rows(tmp_path):
         spacer_record(problem_type="OCR", data_type="image", data_source="general", path="b.jpg", options=None,
                       solution="<answer>EXIT</answer>"),
         spacer_record(problem_type="free-form", data_source="general", solution="<answer>a cat</answer>"),
-        spacer_record(problem_type="regression", data_source="general", solution="<answer>3.14</answer>"),
+        spacer_record(problem_type="regression", data_source="general", solution="<answer>1,203.14</answer>"),
     ])  # fmt: skip
     rows = load_rows(path)
     assert [row["kind"] for row in rows] == ["choice", "mra", "ocr", "text", "regression"]
@@ -181,6 +184,16 @@ def test_records_of_spacer_become_rows(tmp_path):
     (spacer_record(), [{"video_id": "y"}], "cognitive_map.jsonl, line 1: no .*: correct it"),
     (spacer_record(), [{"video_id": "scene0001_00", "cognitive_map": {"a": [5, 5]}}], "the map has .* for a: give a list"),
     (spacer_record(problem_type="essay"), (), "problem_type 'essay' is unknown: use one of multiple choice, numerical"),
+    (spacer_record(problem_type=["numerical"]), (), "problem_type .* is unknown: use one of multiple choice, numerical"),
+    (spacer_record(data_source=["SR_dataset"]), (), "data_source is .*: give a text"),
+    *((spacer_record(options=options), (), "options are .*: give a list of texts") for options in (
+        "AB", {"A": "the bed", "B": "the tv"}, [1, 2], ["A. the bed", None])),
+    *((spacer_record(options=options), (), f"options have the letters {letters}: write A, B, C") for options, letters in (
+        (["B. the bed", "A. the tv"], "B, A"), (["A. the bed", "the tv"], "A, none"), (["(b) bed", "(a) tv"], "B, A"),
+        (["A. the bed", "C. the tv"], "A, C"))),
+    *((spacer_record(problem_type=kind, solution=f"<answer>{gold}</answer>"), (), f"gold '{gold}' .* not one plain number")
+      for kind, gold in (("numerical", "three"), ("numerical", "1,200"), ("numerical", "nan"), ("numerical", "1e999"),
+                         ("regression", "3 m"), ("regression", "1,2"), ("regression", "inf"))),
     (spacer_record(data_type="audio"), (), "data_type 'audio' is unknown"),
     (spacer_record(solution="B"), (), "solution is 'B': write <answer>"),
     (spacer_record(solution="<answer>C</answer>"), (), "gold letter 'C' is out of range"),
@@ -189,6 +202,12 @@ def test_records_of_spacer_become_rows(tmp_path):
 def test_bad_records_of_spacer_name_the_cure(tmp_path, record, maps, message):
     with pytest.raises(ValueError, match=f"SpaceR-151k.jsonl, row 1: .*{message}"):
         load_rows(spacer_file(tmp_path, [record], maps))
+
+
+@pytest.mark.parametrize("options", [["A. the bed", "B. the tv"], ["the bed", "the tv"], ["(a) the bed", "(b) the tv"]])
+def test_letters_of_options_are_taken_off(tmp_path, options):
+    (row,) = load_rows(spacer_file(tmp_path, [spacer_record(options=options)]))
+    assert row["options"] == ["the bed", "the tv"] and row["gold"] == "B"
 
 
 def test_an_empty_file_of_maps_means_none(tmp_path):
