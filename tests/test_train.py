@@ -522,13 +522,13 @@ KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import sampling, train_grpo
-inner = sampling.score
-def score(*args):
+inner = sampling.score_groups
+def score_groups(*args):
     if not os.path.exists("sent"):
         open("sent", "w").close()
         os.kill(os.getpid(), signal.SIGTERM)
     return inner(*args)
-sampling.score = score
+sampling.score_groups = score_groups
 import tyro
 train_grpo.main(tyro.extras.overridable_config_cli(train_grpo.PRESETS))
 """
