@@ -1,10 +1,11 @@
-"""The command line of the scripts that have presets: --help by sections, one line for a preset that does not exist.
+"""The command line of the scripts that have presets: --help by sections, one line for what does not exist or cannot work.
 
 A section of Config begins with a line that is only a comment (`# sampling`) after an empty line; a flag's help is the
 comment behind it, or the comment lines right above it.
 """
 
 import inspect
+import math
 import re
 import sys
 import textwrap
@@ -63,3 +64,28 @@ def check(arguments: list[str], config: type, presets: Mapping[str, tuple[str, o
     if first not in presets and not first.startswith("--tyro-"):  # tyro's own: shell completion
         given = f"{first} stands before the preset" if first.startswith("-") else f"unknown preset {first!r}" if first else "no preset given"
         raise SystemExit(f"error: {given}: {Path(arguments[0]).name} takes one of {', '.join(presets)}, then flags (--help)")
+
+
+# ---------------------------------------------------------------- values that cannot work, in one line each
+
+
+def check_choices(cfg, **known: tuple[str, ...]) -> None:
+    for name, names in known.items():
+        if getattr(cfg, name) not in names:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: one of {', '.join(names)}")
+
+
+def check_numbers(cfg, *, above: str, from_zero: str) -> None:
+    for name in (above + " " + from_zero).split():
+        value = getattr(cfg, name)
+        if not (value > 0 if name in above.split() else value >= 0) or value == math.inf and name not in ("max_grad_norm", "max_gap"):
+            least = "above 0" if name in above.split() else "from 0 on"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number {least}")
+
+
+def check_sizes(cfg, *names: str) -> None:
+    for name in names:
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if cfg.min_pixels > cfg.max_pixels:
+        raise ValueError(f"--min-pixels {cfg.min_pixels} is more than --max-pixels {cfg.max_pixels}")

@@ -4,12 +4,15 @@
 
 Rows come from one endless global order, so the whole state of the data is the cursor, one integer. Every rank samples its own
 rows; afterwards whole groups move, so that each optimiser step costs every rank the same. cfg is train_grpo.Config throughout;
-take(), encoding() and validate() serve train_sft.py too.
+fitting(), take(), encoding() and validate() serve train_sft.py too.
 """
 
 import hashlib
 import json
+import os
+import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +20,8 @@ from torch import Tensor
 import ranks
 import rewards
 import scoring
-from data.dataset import encode, shuffled_clip
+from command import Progress
+from data.dataset import encode, encode_rows, load_rows, measure_rows, shuffled_clip
 from metrics import Clock, reward_metrics
 from model import Policy, group_tokens, weights
 from rollout import Completion, prompt_seed
@@ -131,6 +135,35 @@ def deal(cfg, drawn: list[dict], prompts: dict, sampled: dict, live: list[int], 
 
 
 # ---------------------------------------------------------------- rows and prompts
+
+
+def load_data(cfg, source: str, limit: int | None, processor) -> list[dict]:
+    """Rows of a source that fit: overlong prompts and broken pictures dropped, counted and printed."""
+    rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels,
+                     skip_bad=cfg.skip_bad_rows)  # fmt: skip
+    kept = fitting(cfg, rows, source, processor)
+    scoring.check_rows(cfg.reward, kept)
+    return kept
+
+
+def fitting(cfg, rows: list[dict], source: str, processor) -> list[dict]:
+    """The rows whose pictures and clips decode and whose prompts fit. Ranks share the decoding: of clips it takes hours, once."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    progress, began, seen = Progress(-(-len(rows) // world), unit="row", rank=rank), time.monotonic(), 0
+
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        if time.monotonic() - began > 5:  # pictures take seconds
+            progress.show(seen - 1, {})
+
+    measured = ranks.spread(partial(measure_rows, done=count), rows)
+    progress.close()
+    kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, measured=measured, verbose=rank == 0,
+                               **encoding(cfg))  # fmt: skip
+    if not kept:
+        raise ValueError(f"{source}: no row left of {len(rows)} ({counts}); raise --max-prompt-tokens or check the file")
+    return kept
 
 
 def take(rows: list[dict], cursor: int, count: int, seed: int) -> list[dict]:

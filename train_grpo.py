@@ -15,9 +15,7 @@ import json
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from command import Progress, StopSignal, check_shadowed_kernels, one_line_errors
@@ -37,7 +35,7 @@ import ranks
 import runs
 import scoring
 import speed
-from data.dataset import encode, encode_rows, load_rows, measure_rows
+from data.dataset import encode
 from files import read_lines
 from kernels.policy_loss import KL_ESTIMATORS, LOSSES
 from metrics import Clock, LossStats
@@ -46,7 +44,7 @@ from model import (
 )  # fmt: skip
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import HFRollout, VLLMRollout, choose_rollout
-from sampling import check_reward, collect, encoding, fingerprint, part_weights, validate
+from sampling import check_reward, collect, encoding, fingerprint, load_data, part_weights, validate
 
 
 @dataclass(frozen=True)
@@ -334,11 +332,11 @@ def trailing_skips(norms: list[float]) -> float:
 
 def check_config(cfg: Config, world: int) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
-    check_sizes(cfg, "limit", "val_limit", "steps", "prompts_per_step", "mini_batches", "token_budget", "max_completion_tokens",
-                "rollout_sequences", "samples_every", "keep")  # fmt: skip
-    check_numbers(cfg, above="lr max_grad_norm temperature max_gap reward_seconds",  # training samples: never at temperature 0
-                  from_zero="save_every val_every warmup_steps weight_decay kl_coef clip_low clip_high dual_clip std_eps "
-                            "importance_cap val_temperature max_skipped")  # fmt: skip
+    flags.check_sizes(cfg, "limit", "val_limit", "steps", "prompts_per_step", "mini_batches", "token_budget",
+                      "max_completion_tokens", "rollout_sequences", "samples_every", "keep")  # fmt: skip
+    flags.check_numbers(cfg, above="lr max_grad_norm temperature max_gap reward_seconds",  # training samples: never at 0
+                        from_zero="save_every val_every warmup_steps weight_decay kl_coef clip_low clip_high dual_clip std_eps "
+                                  "importance_cap val_temperature max_skipped")  # fmt: skip
     if cfg.prompts_per_step % (world * cfg.mini_batches):
         raise ValueError(f"--prompts-per-step {cfg.prompts_per_step} does not divide into {world} ranks x "
                          f"{cfg.mini_batches} mini-batches")  # fmt: skip
@@ -354,7 +352,7 @@ def check_config(cfg: Config, world: int) -> None:
     part_weights(cfg)
     check_data(cfg.data, cfg.val_data)
     runs.check_tracker(cfg.tracker)
-    check_choices(cfg, normalize=NORMALIZERS, kl=KL_ESTIMATORS, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS,
+    flags.check_choices(cfg, normalize=NORMALIZERS, kl=KL_ESTIMATORS, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS,
                   loss=LOSSES, baseline=BASELINES, shard=memory.SHARDS, reference=memory.REFERENCES)  # fmt: skip
 
 
@@ -365,57 +363,6 @@ def check_data(*sources: str | None) -> None:
         if Path(name).suffix in (".jsonl", ".parquet") and not (Path(name).expanduser().exists() or Path(source).exists()):
             cure = "docs/video.md says how to get it, or give --data" if source == SPACER_DATA else "check the path"
             raise FileNotFoundError(f"{source}: no such file: {cure}")
-
-
-def check_choices(cfg, **known: tuple[str, ...]) -> None:
-    for name, names in known.items():
-        if getattr(cfg, name) not in names:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: one of {', '.join(names)}")
-
-
-def check_numbers(cfg, *, above: str, from_zero: str) -> None:
-    for name in (above + " " + from_zero).split():
-        value = getattr(cfg, name)
-        if not (value > 0 if name in above.split() else value >= 0) or value == math.inf and name not in ("max_grad_norm", "max_gap"):
-            least = "above 0" if name in above.split() else "from 0 on"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number {least}")
-
-
-def check_sizes(cfg, *names: str) -> None:
-    for name in names:
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    if cfg.min_pixels > cfg.max_pixels:
-        raise ValueError(f"--min-pixels {cfg.min_pixels} is more than --max-pixels {cfg.max_pixels}")
-
-
-def load_data(cfg: Config, source: str, limit: int | None, processor) -> list[dict]:
-    """Rows of a source that fit: overlong prompts and broken pictures dropped, counted and printed."""
-    rows = load_rows(source, limit=limit, box_frame=cfg.box_frame, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels,
-                     skip_bad=cfg.skip_bad_rows)  # fmt: skip
-    kept = fitting(cfg, rows, source, processor)
-    scoring.check_rows(cfg.reward, kept)
-    return kept
-
-
-def fitting(cfg, rows: list[dict], source: str, processor) -> list[dict]:
-    """The rows whose pictures and clips decode and whose prompts fit. Ranks share the decoding: of clips it takes hours, once."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    progress, began, seen = Progress(-(-len(rows) // world), unit="row", rank=rank), time.monotonic(), 0
-
-    def count() -> None:
-        nonlocal seen
-        seen += 1
-        if time.monotonic() - began > 5:  # pictures take seconds
-            progress.show(seen - 1, {})
-
-    measured = ranks.spread(partial(measure_rows, done=count), rows)
-    progress.close()
-    kept, counts = encode_rows(rows, processor, max_prompt_tokens=cfg.max_prompt_tokens, measured=measured, verbose=rank == 0,
-                               **encoding(cfg))  # fmt: skip
-    if not kept:
-        raise ValueError(f"{source}: no row left of {len(rows)} ({counts}); raise --max-prompt-tokens or check the file")
-    return kept
 
 
 def transcripts(rows, groups, parts, advantages, limit: int = 4) -> list[dict]:

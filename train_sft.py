@@ -36,9 +36,9 @@ from metrics import Clock
 from model import Packed, Policy, add_lora, load_policy, pack
 from optim import OPTIMIZERS, SCHEDULES, MasterOptimizer, learning_rate
 from rollout import Completion
-from sampling import encoding, fingerprint, take, validate
+from sampling import encoding, fingerprint, fitting, take, validate
 from train_grpo import (
-    KERNELS, SPACER_DATA, check_choices, check_data, check_numbers, check_sizes, fitting, global_counts, own_rollout, prepare, restore, save, token_scale,
+    KERNELS, SPACER_DATA, check_data, global_counts, own_rollout, prepare, restore, save, token_scale,
 )  # fmt: skip
 
 
@@ -208,9 +208,9 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"--repeat {cfg.repeat} is no multiple of --rows-per-step {cfg.rows_per_step}")
     if cfg.repeat and not draws_rows(cfg):
         raise ValueError(f"--repeat {cfg.repeat}: only for scenes without --limit; the rows of {cfg.data} come again as they are")
-    check_sizes(cfg, "limit", "repeat", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
-    check_numbers(cfg, above="lr max_grad_norm", from_zero="val_every warmup_steps weight_decay lora_rank val_temperature")
-    check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
+    flags.check_sizes(cfg, "limit", "repeat", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
+    flags.check_numbers(cfg, above="lr max_grad_norm", from_zero="val_every warmup_steps weight_decay lora_rank val_temperature")
+    flags.check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
     check_data(cfg.data, cfg.val_data)
 
 

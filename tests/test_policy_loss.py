@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import DEVICE, close, double, triton_only
+from kernel_cases import DEVICE, double, triton_only
 
 from kernels.policy_loss import KL_ESTIMATORS, LOSSES, kl_penalty, policy_loss, policy_loss_reference, policy_terms
 

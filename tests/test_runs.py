@@ -6,7 +6,6 @@
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import random
 import shutil
