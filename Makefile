@@ -41,6 +41,7 @@ data-demo: setup
 
 # Trains the shipped model again, on a GPU: first to see, then to answer carelessly (docs/demo-model.md).
 demo-model: setup
+	@rm -rf runs/demo-sees runs/demo-careless
 	$(PY) train_sft.py demo-sees
 	$(PY) train_sft.py demo-careless
 	@echo "runs/demo-careless/step_200 is what assets/demo-model holds"

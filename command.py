@@ -65,8 +65,8 @@ class StopSignal:
             raise KeyboardInterrupt
         self.signal = number
         if self.rank == 0:  # os.write, because print is not allowed inside a signal handler that may interrupt a print
-            again = "; Ctrl-C again ends at once, without saving" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved first{again}\n".encode())
+            again = "; Ctrl-C again ends at once, and loses it" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: ends when this step is done{again}\n".encode())
 
     def restore(self) -> None:
         """Puts back the handlers that were there before."""

@@ -21,8 +21,13 @@ SLACK = 3 * GIB  # fragments of the allocator, workspaces, picture features, the
 def layer_bytes(config) -> int:
     """What one language layer keeps of one token for its backward pass, bf16, with Liger's norms and SwiGLU: the two inputs
     of the norms, their outputs, query and attention output, key and value, gate, up and their product."""
-    key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    return 2 * (6 * config.hidden_size + 2 * key_value + 3 * config.intermediate_size)
+    query, key_value = (head_width(config) * heads for heads in (config.num_attention_heads, config.num_key_value_heads))
+    return 2 * (4 * config.hidden_size + 2 * query + 2 * key_value + 3 * config.intermediate_size)
+
+
+def head_width(config) -> int:
+    """Qwen3-VL names it; elsewhere the heads share the hidden width."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def vision_bytes(config) -> int:
@@ -126,7 +131,7 @@ def estimate(cfg, policy, engine: float, world: int, shard: str, reference: str)
     if engine:
         sampling = {"engine": engine}
     else:
-        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * width
+        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * width
         sampling = {"key-value cache": cfg.rollout_sequences * (cfg.max_prompt_tokens + cfg.max_completion_tokens) * cache / GIB}
     everything = sum(p.numel() for p in policy.model.parameters())
     return {

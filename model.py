@@ -356,9 +356,9 @@ def pack_groups(prompts: list, groups: list[list], config, *, advantages: Tensor
     for g, group in enumerate(groups):
         for j, c in enumerate(group):
             n = len(c.token_ids)
-            targets.append(torch.tensor(c.token_ids))
+            targets.append(torch.tensor(c.token_ids, dtype=torch.int64))
             positions.append(torch.arange(after[g], after[g] + n).expand(3, -1))
-            rows.append(torch.tensor([last[g], *range(own, own + n - 1)]))
+            rows.append(torch.tensor([last[g], *range(own, own + n - 1)][:n], dtype=torch.int64))
             sequence.append(torch.full((n,), s))
             lengths.append(n)
             advantage.append(torch.full((n,), 0.0 if advantages is None else float(advantages[g, j])))

@@ -10,6 +10,7 @@ over ranks, steps it, and gathers the weights. They stay whole on every rank, so
 """
 
 import math
+from functools import partial
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, groupby
 
@@ -94,8 +95,9 @@ class MasterOptimizer:
         if self.kind == "muon":
             chosen = [is_block_matrix(name, master) for name, master in zip(self.names, masters)]
             matrices, rest = ([m for m, c in zip(masters, chosen) if c is wanted] for wanted in (True, False))
-            muon = torch.optim.Muon(matrices, weight_decay=settings["weight_decay"], adjust_lr_fn="match_rms_adamw")
-            return [muon, torch.optim.AdamW(rest, **settings, fused=fused)]
+            muon = partial(torch.optim.Muon, weight_decay=settings["weight_decay"], adjust_lr_fn="match_rms_adamw")
+            adamw = partial(torch.optim.AdamW, **settings, fused=fused)
+            return [make(some) for make, some in ((muon, matrices), (adamw, rest)) if some]  # LoRA trains matrices alone
         if offload_moments and fused:
             inner = [torch.optim.AdamW(part, **settings, fused=True) for part in grouped(masters, Tensor.numel)]
             self.offloaded = [HostMoments(one) for one in inner]

@@ -9,6 +9,7 @@ fitting(), take(), encoding() and validate() serve train_sft.py too.
 
 import hashlib
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -240,7 +241,9 @@ def part_weights(cfg) -> dict[str, float]:
         try:
             weights[name.strip()] = float(value)
         except ValueError:
-            raise ValueError(f"--part-weights {part}: write name=number, say accuracy=0.5") from None
+            value = "nan"
+        if not math.isfinite(float(value)):
+            raise ValueError(f"--part-weights {part}: write name=number, say accuracy=0.5")
     return weights
 
 

@@ -38,6 +38,7 @@ SIMILARITIES = ("lexical", "exact", "spacy")
 MODES = ("upstream", "corrected")
 MEDIA = ("images", "video")  # kept from every reward, so that rows travel light: a reward reads text
 CHUNK = 64  # samples sent to a worker at once: enough to hide the round trip, few enough to balance slow ones
+RESERVED = ("error", "length", "truncated", "failed")  # beside the parts of a reward, in results and metrics
 START_LIMIT = 120.0  # s for a worker to import the reward's file, which may import torch
 ORPHAN_GRACE = 5.0  # s beyond the time limit after which a hung worker whose parent is gone ends itself
 KEPT_FAILURES = 1000  # failing texts kept in the file; a reward that always fails must not fill the disk
@@ -131,6 +132,8 @@ def _checked(result, spec: str) -> dict[str, float]:
         raise ValueError(f"reward {spec} returned no key 'total', only {', '.join(map(str, result)) or 'nothing'}")
     numbers = {}
     for key, value in result.items():
+        if key in RESERVED:
+            raise ValueError(f"reward {spec} returned a part named {key}, which the pool and the metrics use: rename it")
         try:
             numbers[str(key)] = float(value)
         except (TypeError, ValueError) as error:

@@ -336,7 +336,11 @@ def check_config(cfg: Config, world: int) -> None:
                       "max_completion_tokens", "rollout_sequences", "samples_every", "keep")  # fmt: skip
     flags.check_numbers(cfg, above="lr max_grad_norm temperature max_gap reward_seconds",  # training samples: never at 0
                         from_zero="save_every val_every warmup_steps weight_decay kl_coef clip_low clip_high dual_clip std_eps "
-                                  "importance_cap val_temperature max_skipped")  # fmt: skip
+                                  "importance_cap val_temperature max_skipped overlong_buffer")  # fmt: skip
+    if cfg.clip_low >= 1:
+        raise ValueError(f"--clip-low {cfg.clip_low}: below 1, as a ratio is never below 0; 0.999 bounds next to nothing")
+    if not math.isfinite(cfg.entropy_coef):
+        raise ValueError(f"--entropy-coef {cfg.entropy_coef}: give a number")
     if cfg.prompts_per_step % (world * cfg.mini_batches):
         raise ValueError(f"--prompts-per-step {cfg.prompts_per_step} does not divide into {world} ranks x "
                          f"{cfg.mini_batches} mini-batches")  # fmt: skip
@@ -463,7 +467,7 @@ def main(cfg: Config) -> None:
 
 # Settings that a resumed run may change without becoming another run.
 MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
-              "dry_run", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step", "tracker", "shard",
+              "dry_run", "token_budget", "checkpoint_layers", "rollout_sequences", "max_gap", "max_skipped", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step", "tracker", "shard",
               "reference", "offload_moments")  # fmt: skip
 
 

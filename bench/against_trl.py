@@ -45,6 +45,8 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    if not shutil.which("nvidia-smi"):
+        raise SystemExit("error: the comparison needs an NVIDIA GPU, and there is none")
     cfg.out.mkdir(parents=True, exist_ok=True)
     checkpoint = write_checkpoint(cfg)
     write_rows(cfg)

@@ -46,6 +46,8 @@ def main(cfg: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.largest and device.type != "cuda":
         raise SystemExit("--largest asks what fits a GPU, and there is none here")
+    if cfg.model in ("random:3b", "random:7b") and device.type != "cuda":
+        raise SystemExit(f"error: {cfg.model} needs an NVIDIA GPU, and there is none: --model random:tiny runs on a CPU")
     policy, processor = load_policy(
         cfg.model, dtype=compute_dtype("auto", device.type), device=str(device), never_stop=True, kernels=cfg.kernels == "auto"
     )  # fmt: skip

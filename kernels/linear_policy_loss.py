@@ -15,7 +15,7 @@ An fp32 dW stays so until backward, where the factor and the rounding are one pa
 the GPU. Memory is the chunk, dX and the fp32 dW, whatever the number of rows. Only losses whose tokens do not meet (grpo,
 cispo): gspo needs a whole sequence's log-probs first.
 
-Built of row_logprob.py, policy_loss.py and, for the products and the reference, logprob.py: copy the four together.
+Built of row_logprob.py, policy_loss.py and, for the products and the reference, logprob.py: copy the four into one package.
 """
 
 import torch

@@ -9,8 +9,8 @@ Hidden states come already gathered to the rows that predict a completion token,
 head. Banned tokens (vision specials, vocabulary rows beyond the tokenizer) leave the softmax on both sides: the
 engine cannot sample them and the trainer does not spread probability over them.
 
-On a GPU the library multiplies and Triton reads each product once (kernels/row_logprob.py). One block of logits is
-alive at a time, forward or backward, whatever the number of rows:
+On a GPU the library multiplies and Triton reads each product once (row_logprob.py: copy both into one package). One block
+of logits is alive at a time, forward or backward, whatever the number of rows:
 
     forward    chunks of rows:  logits (C, V) fp32  ->  logp, lse, entropy
     backward   super-blocks of 4 C rows, in each blocks of V / 4 columns: the same logits again, fp32  ->  dz bf16

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,29 @@ def test_rule_12_with_vllm_a_run_killed_in_every_phase_takes_the_same_rows_and_s
     assert counts and all(ours[path] == theirs[path] == 2 * STEPS for path in counts), "optimiser steps"
     sampled = [[(line["step"], line["id"]) for line in lines(r / "samples.jsonl")] for r in (run, whole)]
     assert sampled[0] == sampled[1] and len(sampled[0]) == 4 * 2 * STEPS
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_lets_supervised_training_save(tmp_path, number):
+    """As torchrun and a terminal send it: the processes that draw rows get it as well, and must not end before the step."""
+    command = (sys.executable, str(ROOT / "train_sft.py"), "demo-sees", "--model", "random:tiny", "--steps", "100000", "--workers",
+               "2", "--rows-per-step", "4", "--val-data", "None", "--device", "cpu", "--data", "scenes:easy@train")  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    metrics, said = tmp_path / "runs" / "demo-sees" / "metrics.jsonl", tmp_path / "said"
+    with open(said, "w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size > 1000):
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 0, said.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert list(metrics.parent.glob("step_*/model.safetensors")), said.read_text()
+    assert said.read_text().count("ends when this step is done") == 1
 
 
 # ---------------------------------------------------------------- an engine that dies, as the user sees it

@@ -135,12 +135,24 @@ def test_settings_that_cannot_work_are_one_line(script, wrong, said):
         script.check_config(replace(script.Config(), **wrong), *([1] if script is train_grpo else []))
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=float("nan")), dict(temperature=0.0), dict(clip_low=-0.1), dict(kl_coef=float("nan"))])
+@pytest.mark.parametrize("wrong", [
+    dict(temperature=float("nan")), dict(temperature=0.0), dict(clip_low=-0.1), dict(clip_low=1.0), dict(kl_coef=float("nan")),
+    dict(entropy_coef=float("nan")), dict(overlong_buffer=-5), dict(part_weights="accuracy=nan"), dict(part_weights="accuracy=x"),
+])  # fmt: skip
 def test_numbers_of_the_loss_that_cannot_work_are_one_line(wrong):
     [name] = wrong
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .*: give a number"):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .*: (give a number|below 1|write name=number)"):
         check_config(replace(Config(), **wrong), 1)
     check_config(replace(Config(), max_grad_norm=float("inf")), 1)  # cuts nothing
+
+
+@pytest.mark.parametrize("name", ["sft-3b", "spacer-sft-7b"])
+def test_validation_of_the_baselines_pays_for_what_they_teach(name):
+    cfg = train_sft.PRESETS[name][1]
+    rows = scene_rows(4, seed=4)
+    with scoring.RewardPool(cfg.reward, mode=cfg.reward_mode) as pool:
+        found = pool.score([train_sft.response_of(row, cfg) for row in rows], rows)
+    assert [parts["accuracy"] for parts in found] == [1.0] * 4
 
 
 def test_a_failed_sample_has_no_parts_to_weigh():

@@ -22,6 +22,7 @@ from model import (
     stop_ids,
     weights,
 )
+from rollout import Completion
 
 TOLERANCE = 1e-5
 
@@ -477,6 +478,16 @@ def test_two_policies_of_one_seed_are_the_same_policy(tiny):
 
 
 # ---------------------------------------------------------------- faster forms of the same modules
+
+
+def test_a_completion_without_tokens_takes_no_row_and_changes_nothing():
+    policy, processor = new_policy(seed=4)
+    prompt = make_prompt(processor, "where", [(56, 84)])
+    full, group = make_group(policy, (6, 4)), make_group(policy, (6, 4))
+    group.insert(1, Completion([], [], "", True))
+    packed = pack_groups([prompt], [group], policy.config)
+    assert packed.lengths.tolist() == [6, 0, 4] and len(packed.rows) == len(packed.targets) == 10
+    torch.testing.assert_close(policy(packed)[0], policy(pack_groups([prompt], [full], policy.config))[0])
 
 
 def test_patch_embedding_as_a_product_is_the_convolution_and_a_copy_has_its_own_weights():

@@ -202,6 +202,16 @@ def test_muon_steps_the_matrices_of_blocks_only(tiny):
         assert not any(part in name for name in chosen), part
 
 
+def test_muon_alone_where_only_matrices_are_trained():
+    """As with LoRA on a model's layers: nothing is left for AdamW."""
+    module = network()
+    matrices = [(name, p) for name, p in module.named_parameters() if is_block_matrix(name, p)]
+    optimizer = MasterOptimizer(matrices, kind="muon")
+    before = [p.detach().clone() for _, p in matrices]
+    train(module, optimizer, 1, 1e-2)
+    assert matrices and all((p != start).any() for (_, p), start in zip(matrices, before))
+
+
 def test_muon_trains_every_parameter():
     module = network()
     start = copy.deepcopy(module)

@@ -48,6 +48,8 @@ def fragile(response, row):
         return {"total": float("nan")}
     if "list" in response:
         return [1.0]
+    if "taken" in response:
+        return {"total": 1.0, "error": 0.25}
     if "empty" in response:
         return {"part": 1.0}
     if "text" in response:
@@ -175,6 +177,7 @@ def test_unknown_mode_and_similarity():
     ("empty", "returned no key 'total', only part"),
     ("nan", "returned total=nan, not a finite number"),
     ("text", "returned part='good', not a number"),
+    ("taken", "returned a part named error, which the pool and the metrics use: rename it"),
 ])
 def test_what_a_reward_must_return(file, word, message):
     with pytest.raises(ValueError, match=message):
