@@ -34,6 +34,7 @@ class Balance:
     categories: Counter = field(default_factory=Counter)
     levels: Counter = field(default_factory=Counter)
     answers: Counter = field(default_factory=Counter)  # (category, text of the gold option)
+    sets: Counter = field(default_factory=Counter)  # (category, the options as a frozenset, text of the gold one)
     last: list = field(default_factory=list)  # (category, level) of the last three
 
     def add(self, item: dict) -> None:
@@ -43,7 +44,9 @@ class Balance:
         options = item.get("options")
         letter = str(item.get("answer"))[:1].upper() or "?"
         if isinstance(options, list) and letter in ascii_uppercase[: len(options)]:
-            self.answers[category, str(options[ascii_uppercase.index(letter)])] += 1
+            gold = str(options[ascii_uppercase.index(letter)])
+            self.answers[category, gold] += 1
+            self.sets[category, frozenset(map(str, options)), gold] += 1
         self.last = [*self.last[-2:], (category, level)]
 
     def shares(self) -> dict[str, str]:

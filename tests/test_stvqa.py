@@ -12,8 +12,8 @@ import pytest
 from data.drawing import centre
 from data.scene_graphs import Graph, area, read_graphs
 from data.stvqa_items import (
-    CATEGORIES, Balance, checked, extract_json, map_relationships, question_with_options, read_items, read_letter,
-    shuffle_options, sub_graph, update_answer, vote,
+    CATEGORIES, Balance, checked, extract_json, hash_seed, map_relationships, question_with_options, read_items,
+    read_letter, shuffle_options, sub_graph, update_answer, vote,
 )  # fmt: skip
 from data.stvqa_page import Guesser
 from data.stvqa_prompts import writer_prompt, writer_system
@@ -331,6 +331,39 @@ def test_the_writer_keeps_shares_and_answers_even_and_repeats_itself():
     assert again != [items for _, items in written("scenes:hard", 500, seed=2)]
 
 
+def test_no_set_of_options_gives_the_answer_away():
+    """A blind guesser that knows which option was right most often among the same options, on the other half of the
+    pictures. Allowed is chance and three standard errors of it: what luck does in one of 700 cases."""
+    counts, questions = (defaultdict(Counter), defaultdict(Counter)), []
+    for g, items in written("scenes:hard", 1500, questions=3):
+        for one in items:
+            kind = (one["category"], "In the picture" in one["question"])
+            half, key = hash_seed(g.id) % 2, (kind, frozenset(one["options"]))
+            counts[half][key][gold(one | {"gold": one["answer"]})] += 1
+            questions.append((kind, 1 - half, key, gold(one | {"gold": one["answer"]})))
+    chance, right, n = Counter(), Counter(), Counter()
+    for kind, other, key, answer in questions:
+        seen = [counts[other][key][option] for option in key[1]]
+        right[kind] += (counts[other][key][answer] == max(seen)) / seen.count(max(seen))
+        chance[kind] += 1 / len(seen)
+        n[kind] += 1
+    assert n["relation", False] > 300 and n["count", False] > 40, n
+    for kind, total in n.items():
+        p = chance[kind] / total
+        assert right[kind] / total < p + 3 * (p * (1 - p) / total) ** 0.5, (kind, total, p, right[kind] / total)
+
+
+def test_relations_that_two_annotators_saw_each_from_one_end_are_asked_unless_they_contradict():
+    boxes = {"dog.1": [100, 200, 200, 400], "car.1": [250, 100, 500, 380]}
+    agreed = graph(boxes, [("dog.1", "in front of", "car.1"), ("car.1", "behind", "dog.1")])
+    contrary = graph(boxes, [("dog.1", "in front of", "car.1"), ("car.1", "in front of", "dog.1")])
+    asked = {}
+    for g in (agreed, contrary):
+        items = write_items(g, Balance(), n=9, relation_percent=100, seed=1)
+        asked[g] = {gold(one | {"gold": one["answer"]}) for one in items if one["question"].startswith("Where")}
+    assert asked[agreed] == {"in front of", "behind"} and asked[contrary] == set()
+
+
 def test_several_questions_a_picture_are_of_several_kinds():
     whole = 0
     for _, items in written("scenes:hard", 30, questions=4):
@@ -457,5 +490,9 @@ def test_the_blind_guesser_sees_a_bias_and_stays_at_chance_without_one():
     biased = [("reach", *(lambda o: (o, o.index("yes" if rng.random() < 0.9 else "no")))(rng.sample(["yes", "no"], 2)))
               for _ in range(2000)]  # fmt: skip
     assert abs(guesses(biased)["blind"] - 90) < 4 and abs(guesses(biased)["commonest letter"] - 50) < 4
+    # no option of these is right more often than another, but each set of them tells
+    sets = [("count", *rng.choice([(["2", "3"], 0), (["3", "4"], 0), (["2", "4"], 1)])) for _ in range(600)]
+    assert guesses(sets)["blind by option set"] == 100 and guesses(fair)["blind by option set"] < 54
+    assert guesses(sets)["blind by option set, each"] == {"count": 100} and guesses(sets)["chance, each"] == {"count": 50}
     once = [("depth", [f"a{i}", f"b{i}"], 0) for i in range(500)]
-    assert guesses(once)["blind"] == 50  # options never seen before tell nothing, wherever the right one stands
+    assert guesses(once)["blind"] == guesses(once)["blind by option set"] == 50  # options never seen before tell nothing, wherever the right one stands
