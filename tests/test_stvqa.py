@@ -156,7 +156,7 @@ BAD = {
     "the answer is none of the options": item(answer="D"),
     "category or level": item(category="colour"),
     "rating is not 1 to 10": item(rating=11),
-    "names no object": item(question="Where is the unicorn with respect to the castle?"),
+    "names no object of": item(question="Where is the unicorn with respect to the castle?"),
     "relation that the graph does not hold": item(answer="A"),
     "a tag in the question": item(question="Where is the <scene> man with respect to the bus?"),
     "a relation of one object": item(question="Where is the man?"),
@@ -170,6 +170,7 @@ BAD = {
                                                   "instance_location"),
     "a depth that the graph contradicts": item("Which is closer to the camera, the man or the bus?", ["man", "bus"], "B",
                                                "depth"),
+    "question names no object": item("Which of these looks larger?", ["red man", "long bus"], "B", "size"),
     "nothing of the graph to compare": item("Which is larger, the man or his dog?", ["the man", "the dog"], "A", "size"),
 }  # fmt: skip
 
