@@ -79,9 +79,23 @@ def extract_json(text: str, mode: str = "corrected"):
 
 
 def read_items(text: str) -> list[dict]:
-    """The questions of a reply: {"questions": [...]}, a list, or one object. [] if it holds no JSON: what is malformed
-    costs itself and no more."""
-    value = extract_json(text)
+    """The questions of a reply: {"questions": [...]}, a list, objects one after another, in prose or not. What is malformed
+    costs itself and no more: of a list that is cut off, or broken in one question, the others are read. Without any
+    question the first JSON value, for check to say what is wrong with it; [] if there is none."""
+    decode, found, at, tries = json.JSONDecoder().raw_decode, [], text.find("{"), 0
+    while at >= 0 and tries < 1000:  # a bound on the time, for a reply of braces
+        try:
+            value, end = decode(text, at)
+        except (ValueError, RecursionError):
+            value, end = None, at
+        items = items_of(value)
+        asked = any("question" in item for item in items)
+        found += items if asked else []
+        at, tries = text.find("{", end if asked else at + 1), tries + 1  # without a question: what stands inside
+    return found or items_of(extract_json(text))
+
+
+def items_of(value) -> list[dict]:
     value = value.get("questions", value) if isinstance(value, dict) else value
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
 

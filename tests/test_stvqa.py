@@ -3,6 +3,7 @@
 python -m pytest tests/test_stvqa.py          `vectors` are inputs and outputs of the published code
 """
 
+import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -112,6 +113,18 @@ def test_upstream_options_and_answers(vectors):
 ])  # fmt: skip
 def test_any_reply_is_read_without_raising(text, n):
     assert len(read_items(text)) == n
+
+
+def test_a_reply_broken_in_one_question_gives_the_others():
+    asked = [f"Where is dog {i}?" for i in range(4)]
+    whole = json.dumps({"questions": [item(question) for question in asked]})
+    assert [one["question"] for one in read_items(whole)] == asked
+    for reply, left in ((whole[:-60], asked[:3]),  # cut off in the last
+                        (whole.replace("dog 2", 'the "dog" 2'), [*asked[:2], asked[3]]),
+                        (whole.replace("dog 0", 'the "dog" 0'), asked[1:]), (whole.replace("}]}", "},]}"), asked),
+                        (f"The bench is at [40, 210, 300, 330], as {{S}} and {{}}:\n{whole}", asked),
+                        (f'{{"reply": {whole}}}', asked), ("\n".join(json.dumps(item(q)) for q in asked), asked)):  # fmt: skip
+        assert [one["question"] for one in read_items(reply)] == left, reply
 
 
 def test_a_letter_is_read_where_upstream_takes_the_first_capital():
