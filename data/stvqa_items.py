@@ -168,24 +168,40 @@ def names_said(text: str, graph: Graph) -> list[str]:
 
 def repaired_count(question: str, options: list[str], gold: int, graph: Graph, said: list[str]) -> tuple[list[str], int]:
     """Options and gold that say how many there are. The number counts what stands behind 'how many', and where the
-    question ties it to another object, those with a relation to that; not, as upstream, all objects of the question."""
+    question ties it to another object, those that have this relation to it; not, as upstream, all objects of the question."""
     rest = re.sub(r"^(\s*(of|the|visible|different|separate))+\b", "", question.lower().partition("how many")[2])
-    asked, start, _ = next(iter(mentions(rest, said)), (None, 0, 0))
-    if asked is None or start > 0:  # 'red cups' and 'wheels of the bus' are not counted in a graph of cups and buses
+    found = mentions(rest, said)
+    if not found or found[0][1] > 0:  # 'red cups' and 'wheels of the bus' are not counted in a graph of cups and buses
         raise ValueError("a count that does not say how many of what")
+    asked = found[0][0]
     things = objects_called(graph, asked)
     if any(name_key(name) == name_key(asked) for name in graph.uncounted):
         raise ValueError("a count of a class that is not boxed one by one")
-    others = {t["id"] for name in said if name != asked for t in objects_called(graph, name)}
-    if others:
-        ends = [{r["subject"], r["object"]} for r in graph.relations]
-        things = [t for t in things if any(t["id"] in pair and pair & others for pair in ends)]
+    if len(said) > 1 or len(found) > 1:
+        if len(found) != 2:  # 'On the table, how many cups are there?': tied to what stands elsewhere, or to several
+            raise ValueError("a count tied to another object in words that are not known")
+        predicate, others = words_between(rest, *found), objects_called(graph, found[1][0])
+        things = [t for t in things if any(t is not other and holds(graph, t, predicate, other) for other in others)]
     if not things:
         raise ValueError("a count of what the graph does not tie together")
-    numbers = [read_number(option) for option in options]
+    numbers = [exact_number(option, asked) for option in options]
+    if None in numbers:
+        raise ValueError("an option of a count that is no number")
     if len(things) in numbers:
         return options, numbers.index(len(things))
     return [*options[:gold], str(len(things)), *options[gold + 1 :]], gold
+
+
+def exact_number(option: str, name: str) -> float | None:
+    """'3', 'three', '3 cups'; None for 'more than 3', which would be right beside another option."""
+    words = [word for word in tokens(option) if singular(word) not in name_key(name)]
+    return 0 if words in (["no"], ["none"]) else read_number(words[0]) if len(words) == 1 else None
+
+
+def words_between(text: str, first: tuple, second: tuple) -> str:
+    """The words that tie two mentions() together: 'the dog that is left of the car' -> 'left of'."""
+    filler = ("a", "an", "the", "that", "which", "is", "are", "there")
+    return " ".join(word for word in tokens(text)[first[2] : second[1]] if word not in filler)
 
 
 # A check takes (question, options, gold text, graph), returns the triple that was asked for or None, or raises.
@@ -240,9 +256,8 @@ def check_existence(question: str, options: list[str], gold: str, graph: Graph) 
     found = mentions(question, {label(thing["id"]) for thing in graph.objects})
     triple = None
     if len(found) > 1:
-        (first, _, after), (second, before, _) = found[:2]
-        between = [w for w in tokens(question)[after:before] if w not in ("a", "an", "the", "that", "which", "is", "are")]
-        triple = relation_between(graph, [first, second], " ".join(between))
+        first, second = found[:2]
+        triple = relation_between(graph, [first[0], second[0]], words_between(question, first, second))
         if truth == "yes" and triple is None:
             raise ValueError("a relation that the graph does not hold")
     if truth == "no" and (triple or len(found) == 1):

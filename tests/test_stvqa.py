@@ -225,9 +225,23 @@ def test_a_wrong_count_moves_to_the_option_that_is_right_or_rewrites_it():
     assert gold(row) == "3" and sorted(row["options"]) == ["3", "5"]
 
 
-def test_a_count_tied_to_another_object_counts_those_with_a_relation_to_it():
-    row = checked(item("How many cups are below the bus?", ["2", "3", "4"], "B", "count"), STREET)
-    assert gold(row) == "2"  # upstream would count the bus too
+def test_a_count_tied_to_another_object_counts_those_with_this_relation_to_it():
+    chairs = graph({"chair.1": [10, 200, 60, 300], "chair.2": [80, 200, 130, 300], "chair.3": [500, 200, 560, 300],
+                    "table.1": [200, 200, 400, 300]},
+                   [("chair.1", "left of", "table.1"), ("table.1", "right of", "chair.2"), ("chair.3", "near", "table.1")])  # fmt: skip
+    for question, n in (("How many chairs are left of the table?", 2), ("How many chairs are right of the table?", 1),
+                        ("How many chairs are there near the table?", 1), ("How many chairs are there?", 3)):  # fmt: skip
+        for options in (["1", "2", "3", "4"], ["one chair", "two chairs", "3", "none"]):
+            row = checked(item(question, options, "D", "count"), chairs)
+            assert gold(row) == options[n - 1] and sorted(row["options"]) == sorted(options)
+    for question, why in (("How many chairs are behind the table?", "does not tie together"),
+                          ("How many chairs are there with a leg that the table lacks?", "does not tie together"),
+                          ("Next to the table, how many chairs are there?", "words that are not known")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            checked(item(question, ["1", "2"], "A", "count"), chairs)
+    for vague in ("more than 2", "about 3", "at least 3", "2-4", "several"):
+        with pytest.raises(ValueError, match="no number"):
+            checked(item("How many chairs are there?", [vague, "2", "3"], "C", "count"), chairs)
     crowd = graph({"cup.1": [0, 0, 9, 9], "cup.2": [20, 0, 29, 9]}, uncounted=frozenset({"cup"}))
     with pytest.raises(ValueError, match="not boxed one by one"):
         checked(item("How many cups are there?", ["2", "3"], "A", "count"), crowd)
