@@ -24,6 +24,10 @@ CATEGORIES = (
     "relation", "reach", "size", "orientation", "instance_location", "depth", "distance", "count", "existence",
 )  # fmt: skip
 LEVELS = ("easy", "medium", "hard")
+CONTRARIES = ("size", "along")  # groups whose predicates exclude each other
+# What 'a left of b' says of b with respect to a, by group; predicates of the other groups say nothing of it.
+CONVERSE = {"left": "right of", "right": "left of", "above": "below", "below": "above", "front": "behind",
+            "behind": "in front of", "near": "near", "touch": "touching"}  # fmt: skip
 COMPARED = ("size", "depth", "distance")  # their objects may stand in the options alone
 
 
@@ -168,7 +172,7 @@ def names_said(text: str, graph: Graph) -> list[str]:
 
 def repaired_count(question: str, options: list[str], gold: int, graph: Graph, said: list[str]) -> tuple[list[str], int]:
     """Options and gold that say how many there are. The number counts what stands behind 'how many', and where the
-    question ties it to another object, those that have this relation to it; not, as upstream, all objects of the question."""
+    question ties it to another object, those that have this relation to it; not, as upstream, all that are named."""
     rest = re.sub(r"^(\s*(of|the|visible|different|separate))+\b", "", question.lower().partition("how many")[2])
     found = mentions(rest, said)
     if not found or found[0][1] > 0:  # 'red cups' and 'wheels of the bus' are not counted in a graph of cups and buses
@@ -211,6 +215,9 @@ def check_relation(question: str, options: list[str], gold: str, graph: Graph) -
     said = names_said(question, graph)
     if len(said) == 1 and len(objects_called(graph, said[0])) < 2:
         raise ValueError("a relation of one object")
+    start = mentions(question, said)[0][1]
+    if re.search(r"\b(respect|relative|relation) to( an?| the)?$", " ".join(tokens(question)[:start])):
+        said = [*said[1:2], said[0]]  # 'With respect to the bench, where is the dog?' asks about the dog
     triple = relation_between(graph, said, gold)
     if triple is None:
         raise ValueError("a relation that the graph does not hold")
@@ -232,18 +239,15 @@ def relation_between(graph: Graph, said: list[str], predicate: str) -> dict | No
 
 def holds(graph: Graph, a: dict, predicate: str, b: dict) -> bool:
     """Whether `a predicate b` is a relation of the graph, its converse is, or the boxes say so (left, right, above,
-    below). Predicates of one group count as one."""
+    below). Predicates of one group count as one, except where a group holds contraries (smaller, bigger)."""
     wanted, group = canonical(predicate), group_of(predicate)
     for relation in graph.relations:
-        ends = (relation["subject"], relation["object"])
-        if ends == (a["id"], b["id"]):
-            given = relation["predicate"]
-        elif ends == (b["id"], a["id"]) and group_of(relation["predicate"]) in OPPOSITE:
-            given = {"left": "left of", "right": "right of", "front": "in front of"}.get(
-                OPPOSITE[group_of(relation["predicate"])], OPPOSITE[group_of(relation["predicate"])])  # fmt: skip
-        else:
+        ends, given, exact = (relation["subject"], relation["object"]), canonical(relation["predicate"]), CONTRARIES
+        if ends == (b["id"], a["id"]):
+            given, exact = CONVERSE.get(group_of(given)), (*CONTRARIES, "touch")  # a cup that is held holds nobody
+        elif ends != (a["id"], b["id"]):
             continue
-        if canonical(given) == wanted or (group is not None and group_of(given) == group):
+        if given and (given == wanted or (group_of(given) == group and group not in (None, *exact))):
             return True
     return group is not None and group_of(direction(a["bbox"], b["bbox"]) or "") == group
 
@@ -257,7 +261,10 @@ def check_existence(question: str, options: list[str], gold: str, graph: Graph) 
     triple = None
     if len(found) > 1:
         first, second = found[:2]
-        triple = relation_between(graph, [first[0], second[0]], words_between(question, first, second))
+        predicate = words_between(question, first, second)
+        triple = relation_between(graph, [first[0], second[0]], predicate)
+        if truth == "no" and group_of(predicate) is None:
+            raise ValueError("what is denied is in words that are not known")
         if truth == "yes" and triple is None:
             raise ValueError("a relation that the graph does not hold")
     if truth == "no" and (triple or len(found) == 1):
@@ -275,7 +282,10 @@ def check_location(question: str, options: list[str], gold: str, graph: Graph) -
     (x, y), (width, height), words = centre(things[0]["bbox"]), graph.size, set(tokens(gold))
     wrong = {"left": x > 0.5 * width, "right": x < 0.5 * width, "top": y > 0.5 * height, "upper": y > 0.5 * height,
              "bottom": y < 0.5 * height, "lower": y < 0.5 * height}  # fmt: skip
-    if any(wrong.get(word) for word in words):
+    if words & {"center", "centre", "central", "middle"}:  # of either axis that no other word speaks of
+        wrong["middle"] = not (words & {"left", "right"} or width <= 3 * x <= 2 * width) or not (
+            words & {"top", "upper", "bottom", "lower"} or height <= 3 * y <= 2 * height)  # fmt: skip
+    if any(wrong.get(word) for word in (*words, "middle")):
         raise ValueError("a location that the box does not have")
 
 

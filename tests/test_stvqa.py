@@ -123,7 +123,8 @@ def test_a_reply_broken_in_one_question_gives_the_others():
                         (whole.replace("dog 2", 'the "dog" 2'), [*asked[:2], asked[3]]),
                         (whole.replace("dog 0", 'the "dog" 0'), asked[1:]), (whole.replace("}]}", "},]}"), asked),
                         (f"The bench is at [40, 210, 300, 330], as {{S}} and {{}}:\n{whole}", asked),
-                        (f'{{"reply": {whole}}}', asked), ("\n".join(json.dumps(item(q)) for q in asked), asked)):  # fmt: skip
+                        (f'{{"reply": {whole}}}', asked),
+                        ("\n".join(json.dumps(item(question)) for question in asked), asked)):  # fmt: skip
         assert [one["question"] for one in read_items(reply)] == left, reply
 
 
@@ -215,6 +216,56 @@ def test_right_answers_of_each_kind_pass():
         assert checked(good, STREET)["scene"]["objects"]
 
 
+def test_a_question_that_names_the_other_object_first_is_read_that_way():
+    for start in ("With respect to the bus, where is", "Relative to a bus, where is", "In relation to the bus, where's"):
+        row = checked(item(f"{start} the man?", ["left of", "right of"], "A"), STREET)
+        assert row["scene"]["relationships"][0] == {"subject": "man.1", "predicate": "left of", "object": "bus.1"}
+        with pytest.raises(ValueError, match="the graph does not hold"):
+            checked(item(f"{start} the man?", ["left of", "right of"], "B"), STREET)
+    checked(item("Where is the man relative to the bus?", ["left of", "right of"], "A"), STREET)
+
+
+def test_contraries_of_one_group_do_not_stand_for_each_other_and_near_holds_from_both_ends():
+    g = graph({"fence.1": [0, 200, 640, 290], "road.1": [0, 250, 640, 480], "cup.1": [100, 100, 140, 220],
+               "man.1": [90, 120, 200, 420]},
+              [("fence.1", "parallel to", "road.1"), ("cup.1", "smaller", "fence.1"), ("man.1", "holding", "cup.1"),
+               ("road.1", "next to", "man.1")])  # fmt: skip
+    good = [("fence", "road", "parallel to", "perpendicular to"), ("cup", "fence", "smaller", "bigger"),
+            ("man", "cup", "holding", "behind"), ("cup", "man", "touching", "behind"),
+            ("man", "road", "next to", "inside"), ("man", "road", "beside", "inside")]  # fmt: skip
+    for a, b, right, wrong in good:
+        assert gold(checked(item(f"Where is the {a} with respect to the {b}?", [right, wrong], "A"), g)) == right
+        with pytest.raises(ValueError, match="the graph does not hold"):
+            checked(item(f"Where is the {a} with respect to the {b}?", [right, wrong], "B"), g)
+    with pytest.raises(ValueError, match="the graph does not hold"):
+        checked(item("Where is the cup with respect to the man?", ["holding", "behind"], "A"), g)
+    beside = graph({"chair.1": [10, 200, 60, 300], "table.1": [200, 200, 400, 300]}, [("table.1", "next to", "chair.1")])
+    with pytest.raises(ValueError, match="a second option holds"):
+        checked(item("Where is the chair with respect to the table?", ["left of", "next to"], "A"), beside)
+
+
+def test_what_cannot_be_looked_up_is_not_denied():
+    for question in ("Is there a man parked in front of the bus?", "Is there a man right next to the bus?"):
+        with pytest.raises(ValueError, match="words that are not known"):
+            checked(item(question, ["yes", "no"], "B", "existence"), STREET)
+    assert gold(checked(item("Is there a man behind the bus?", ["yes", "no"], "B", "existence"), STREET)) == "no"
+
+
+def test_the_middle_is_the_middle_third_of_what_no_other_word_speaks_of():
+    center, corner, top, right = [300, 220, 340, 260], [0, 0, 60, 60], [300, 0, 340, 60], [560, 220, 620, 260]
+    for box, good, bad in ((center, ("center", "middle"), ()),
+                           (corner, ("top left",), ("center", "middle left", "top center")),
+                           (top, ("top center",), ("center", "middle")),
+                           (right, ("middle right",), ("center", "middle"))):  # fmt: skip
+        for said in (*good, *bad):
+            one = item("In which part of the image is the dog?", [said, "bottom left"], "A", "instance_location")
+            if said in good:
+                assert gold(checked(one, graph({"dog.1": box}))) == said
+            else:
+                with pytest.raises(ValueError, match="the box does not have"):
+                    checked(one, graph({"dog.1": box}))
+
+
 # ---------------------------------------------------------------- repairs of the published pipeline
 
 
@@ -228,7 +279,8 @@ def test_a_wrong_count_moves_to_the_option_that_is_right_or_rewrites_it():
 def test_a_count_tied_to_another_object_counts_those_with_this_relation_to_it():
     chairs = graph({"chair.1": [10, 200, 60, 300], "chair.2": [80, 200, 130, 300], "chair.3": [500, 200, 560, 300],
                     "table.1": [200, 200, 400, 300]},
-                   [("chair.1", "left of", "table.1"), ("table.1", "right of", "chair.2"), ("chair.3", "near", "table.1")])  # fmt: skip
+                   [("chair.1", "left of", "table.1"), ("table.1", "right of", "chair.2"),
+                    ("chair.3", "near", "table.1")])  # fmt: skip
     for question, n in (("How many chairs are left of the table?", 2), ("How many chairs are right of the table?", 1),
                         ("How many chairs are there near the table?", 1), ("How many chairs are there?", 3)):  # fmt: skip
         for options in (["1", "2", "3", "4"], ["one chair", "two chairs", "3", "none"]):
@@ -537,4 +589,5 @@ def test_the_blind_guesser_sees_a_bias_and_stays_at_chance_without_one():
     assert guesses(sets)["blind by option set"] == 100 and guesses(fair)["blind by option set"] < 54
     assert guesses(sets)["blind by option set, each"] == {"count": 100} and guesses(sets)["chance, each"] == {"count": 50}
     once = [("depth", [f"a{i}", f"b{i}"], 0) for i in range(500)]
-    assert guesses(once)["blind"] == guesses(once)["blind by option set"] == 50  # options never seen before tell nothing, wherever the right one stands
+    # options never seen before tell nothing, wherever the right one stands
+    assert guesses(once)["blind"] == guesses(once)["blind by option set"] == 50
