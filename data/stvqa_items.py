@@ -24,7 +24,7 @@ CATEGORIES = (
     "relation", "reach", "size", "orientation", "instance_location", "depth", "distance", "count", "existence",
 )  # fmt: skip
 LEVELS = ("easy", "medium", "hard")
-CONTRARIES = ("size", "along")  # groups whose predicates exclude each other
+CONTRARIES = ("size", "along")  # groups in which no predicate stands for another: smaller, bigger
 # What 'a left of b' says of b with respect to a, by group; predicates of the other groups say nothing of it.
 CONVERSE = {"left": "right of", "right": "left of", "above": "below", "below": "above", "front": "behind",
             "behind": "in front of", "near": "near", "touch": "touching"}  # fmt: skip
@@ -239,7 +239,7 @@ def relation_between(graph: Graph, said: list[str], predicate: str) -> dict | No
 
 def holds(graph: Graph, a: dict, predicate: str, b: dict) -> bool:
     """Whether `a predicate b` is a relation of the graph, its converse is, or the boxes say so (left, right, above,
-    below). Predicates of one group count as one, except where a group holds contraries (smaller, bigger)."""
+    below). Predicates of one group count as one, except in CONTRARIES."""
     wanted, group = canonical(predicate), group_of(predicate)
     for relation in graph.relations:
         ends, given, exact = (relation["subject"], relation["object"]), canonical(relation["predicate"]), CONTRARIES
