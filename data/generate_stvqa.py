@@ -58,7 +58,7 @@ class Config:
     model: str | None = None  # of the writer
     base_url: str | None = None  # of the writer, for openai: any server of that form
     questions: int = 1  # a picture, asked for in one call
-    temperature: float = 0.0  # of the writer
+    temperature: float | None = 0.0  # of the writer; None is not sent, for served models that take none
     max_tokens: int = 1024  # of a reply, and of a verifier's
 
     # select
@@ -72,7 +72,7 @@ class Config:
     verifier_model: str | None = None
     verifier_url: str | None = None
     tries: int = 4  # kept if one of so many agrees; each further one at retry_temperature
-    retry_temperature: float = 1.0
+    retry_temperature: float | None = 1.0  # None is not sent, nor is the first try's 0
 
     # asking
     parallel: int = 8  # calls under way at once
@@ -106,6 +106,10 @@ def check_config(cfg: Config) -> Config:
         value = getattr(cfg, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: give 1 or more")
+    for flag, value, who in (("temperature", cfg.temperature, cfg.writer),
+                             ("retry-temperature", cfg.retry_temperature, cfg.verifier)):  # fmt: skip
+        if value is None and who in LOCAL or value is not None and value < 0:
+            raise ValueError(f"--{flag} {value}: give 0 (greedy) or more")
     if not 0 <= cfg.relation_percent <= 100 or not 0 <= cfg.val_split < 1:
         raise ValueError("--relation-percent is 0 to 100, --val-split 0 up to, not including, 1")
     if cfg.command in ("write", "all") and cfg.writer != "template" and not cfg.model:
@@ -362,9 +366,10 @@ def verify_requests(cfg: Config, file, at: dict, votes: dict, round_: int) -> It
             item = record_at(file, offset)
             letters = votes.get(item["id"], [])
             if len(letters) == round_ and "agrees" not in letters:
+                greedy = round_ == 0 and cfg.retry_temperature is not None
                 yield Request(f"{item['id']}#{round_}", verifier_prompt(item), images=(jpeg_bytes(graph.picture),),
                               max_tokens=cfg.max_tokens,
-                              temperature=cfg.retry_temperature if round_ else 0.0)  # fmt: skip
+                              temperature=0.0 if greedy else cfg.retry_temperature)  # fmt: skip
 
 
 def estimate_verify(cfg: Config, selected: Path, at: dict) -> None:

@@ -14,9 +14,11 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, count
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -71,7 +73,7 @@ def layout(path: Path) -> str:
     """vg, vg150 or coco, from the beginning of a file."""
     if path.suffix in (".parquet", ".jsonl"):
         return "vg150"
-    with open(path, encoding="utf-8-sig") as file:
+    with opened(path) as file:
         first = file.read(1).strip()
     if first == "{":
         return "coco"
@@ -79,7 +81,8 @@ def layout(path: Path) -> str:
         raise ValueError(f"{path}: neither a JSON list nor an object: give scene_graphs.json, a VG150 or a COCO file")
     record = next(json_array(path), {})
     objects = record.get("objects") if isinstance(record, dict) else None
-    return "vg150" if objects and (isinstance(objects, str) or "bbox" in objects[0]) else "vg"
+    thing = objects[0] if isinstance(objects, list) and objects else None
+    return "vg150" if isinstance(objects, str) or isinstance(thing, dict) and "bbox" in thing else "vg"
 
 
 def whole(graphs: Iterator[Graph], skipped: Counter) -> Iterator[Graph]:
@@ -103,15 +106,20 @@ def read_vg(path: Path, folder: Path, skipped: Counter) -> Iterator[Graph]:
     object_id}. Streamed: the file has 740 MB."""
     sizes, image_data = {}, path.with_name("image_data.json")
     if image_data.is_file():
-        sizes = {str(entry["image_id"]): (entry["width"], entry["height"]) for entry in json_array(image_data)}
+        for number, entry in enumerate(json_array(image_data), start=1):
+            try:
+                sizes[str(entry["image_id"])] = size_in(entry)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{image_data}, record {number}: no picture's size ({error!r}): is it image_data.json as "
+                                 "released?") from None  # fmt: skip
     for number, record in enumerate(json_array(path), start=1):
         try:
             image_id = str(record["image_id"])
             things = [
-                (thing["object_id"], first_name(thing), corners(thing["x"], thing["y"], thing["w"], thing["h"]))
+                (key(thing["object_id"]), first_name(thing), corners(thing["x"], thing["y"], thing["w"], thing["h"]))
                 for thing in record["objects"]
             ]
-            links = [(r["subject_id"], r["predicate"], r["object_id"]) for r in record["relationships"]]
+            links = [(key(r["subject_id"]), r["predicate"], key(r["object_id"])) for r in record["relationships"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}, record {number}: no Visual Genome graph ({error!r}): is it scene_graphs.json "
                              "as released?") from None
@@ -122,6 +130,20 @@ def read_vg(path: Path, folder: Path, skipped: Counter) -> Iterator[Graph]:
 
 def first_name(thing: dict) -> str:
     return (thing.get("names") or [thing.get("name", "")])[0]
+
+
+def key(value):
+    """What tells objects apart: anything that can. Raises TypeError for a list or dict."""
+    hash(value)
+    return value
+
+
+def size_in(entry: dict) -> tuple[int, int]:
+    """Raises KeyError or TypeError where width and height are no whole numbers."""
+    size = entry["width"], entry["height"]
+    if not all(isinstance(side, int | float) and side > 0 and side % 1 == 0 for side in size):
+        raise TypeError(f"width {size[0]!r}, height {size[1]!r}")
+    return int(size[0]), int(size[1])
 
 
 def corners(x: float, y: float, w: float, h: float) -> Box:
@@ -145,15 +167,15 @@ def read_vg150(path: Path, folder: Path, skipped: Counter) -> Iterator[Graph]:
             image_id = str(record["image_id"])
             objects = as_list(record["objects"])
             relations = as_list(record["relationships"] if "relationships" in record else record["relations"])
-            things = [(thing["id"], label(thing["id"]), thing["bbox"]) for thing in objects]
-            links = [(r["subject"], r["predicate"], r["object"]) for r in relations]
-        except (KeyError, TypeError, ValueError) as error:
+            things = [(thing["id"], label(thing["id"]), list(thing["bbox"])) for thing in objects]
+            links = [(key(r["subject"]), r["predicate"], key(r["object"])) for r in relations]
+            picture = record.get("image")
+            picture = (picture.get("bytes") or picture.get("path")) if isinstance(picture, dict) else picture
+            picture = picture if isinstance(picture, bytes) else folder / (picture or f"{image_id}.jpg")
+            size = size_in(record) if record.get("width") and record.get("height") else None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}, record {number}: no VG150 graph ({error!r}): give image_id, objects with id and "
                              "bbox, relationships with subject, predicate, object") from None  # fmt: skip
-        picture = record.get("image") or f"{image_id}.jpg"
-        picture = (picture.get("bytes") or picture.get("path")) if isinstance(picture, dict) else picture
-        picture = picture if isinstance(picture, bytes) else folder / picture
-        size = (record["width"], record["height"]) if record.get("width") and record.get("height") else None
         yield from graph_of(image_id, picture, size, things, links, skipped)
 
 
@@ -166,24 +188,28 @@ def as_list(value: list | str) -> list:
 
 def read_coco(path: Path, folder: Path, skipped: Counter) -> Iterator[Graph]:
     """instances_*.json, in the order of the image ids. A class with a crowd region is not counted there."""
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        with opened(path) as file:
+            content = json.load(file)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON, or cut off ({error}): download it again") from None
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
-        entries = sorted(content["images"], key=lambda entry: entry["id"])
+        entries = [(key(entry["id"]), folder / entry["file_name"], size_in(entry))
+                   for entry in sorted(content["images"], key=lambda entry: entry["id"])]  # fmt: skip
         things, uncounted = defaultdict(list), defaultdict(set)
         for mark in content["annotations"]:
             name = names[mark["category_id"]]
             if mark.get("iscrowd"):
                 uncounted[mark["image_id"]].add(name)
             else:
-                things[mark["image_id"]].append((mark["id"], name, corners(*mark["bbox"])))
+                things[mark["image_id"]].append((key(mark["id"]), name, corners(*mark["bbox"])))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: no COCO instances file ({error!r}): give instances_*.json") from None
-    for entry in entries:
-        size = (entry["width"], entry["height"])
-        for graph in graph_of(str(entry["id"]), folder / entry["file_name"], size, things[entry["id"]], [], skipped):
+    for image_id, picture, size in entries:
+        for graph in graph_of(str(image_id), picture, size, things[image_id], [], skipped):
             relations = box_relations(graph.objects, size)
-            yield Graph(graph.id, graph.picture, size, graph.objects, relations, True, frozenset(uncounted[entry["id"]]))
+            yield Graph(graph.id, graph.picture, size, graph.objects, relations, True, frozenset(uncounted[image_id]))
 
 
 def box_relations(objects: list[dict], size: tuple[int, int], *, most: int = 12) -> list[dict]:
@@ -311,11 +337,21 @@ def clipped(box: Box, size: tuple[int, int]) -> Box | None:
     return [x1, y1, x2, y2] if x2 - x1 >= 1 and y2 - y1 >= 1 else None
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[TextIO]:
+    """The file as text. Raises ValueError naming it where it is not UTF-8."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error}): write it in UTF-8, or download it again") from None
+
+
 def json_array(path: Path) -> Iterator:
     """The items of a JSON list, one at a time: the file need not fit in memory. Raises ValueError naming the file."""
     decode, chunk, number = json.JSONDecoder().raw_decode, 1 << 20, 1
     between, size = re.compile(r"\s*[\[,]?\s*"), chunk
-    with open(path, encoding="utf-8-sig") as file:
+    with opened(path) as file:
         text, at = file.read(size), 0
         while True:
             at = between.match(text, at).end()

@@ -24,6 +24,10 @@ CATEGORIES = (
     "relation", "reach", "size", "orientation", "instance_location", "depth", "distance", "count", "existence",
 )  # fmt: skip
 LEVELS = ("easy", "medium", "hard")
+CONTRARIES = ("size", "along")  # groups in which no predicate stands for another: smaller, bigger
+# What 'a left of b' says of b with respect to a, by group; predicates of the other groups say nothing of it.
+CONVERSE = {"left": "right of", "right": "left of", "above": "below", "below": "above", "front": "behind",
+            "behind": "in front of", "near": "near", "touch": "touching"}  # fmt: skip
 COMPARED = ("size", "depth", "distance")  # their objects may stand in the options alone
 
 
@@ -34,6 +38,7 @@ class Balance:
     categories: Counter = field(default_factory=Counter)
     levels: Counter = field(default_factory=Counter)
     answers: Counter = field(default_factory=Counter)  # (category, text of the gold option)
+    sets: Counter = field(default_factory=Counter)  # (category, the options as a frozenset, text of the gold one)
     last: list = field(default_factory=list)  # (category, level) of the last three
 
     def add(self, item: dict) -> None:
@@ -43,7 +48,9 @@ class Balance:
         options = item.get("options")
         letter = str(item.get("answer"))[:1].upper() or "?"
         if isinstance(options, list) and letter in ascii_uppercase[: len(options)]:
-            self.answers[category, str(options[ascii_uppercase.index(letter)])] += 1
+            gold = str(options[ascii_uppercase.index(letter)])
+            self.answers[category, gold] += 1
+            self.sets[category, frozenset(map(str, options)), gold] += 1
         self.last = [*self.last[-2:], (category, level)]
 
     def shares(self) -> dict[str, str]:
@@ -76,9 +83,23 @@ def extract_json(text: str, mode: str = "corrected"):
 
 
 def read_items(text: str) -> list[dict]:
-    """The questions of a reply: {"questions": [...]}, a list, or one object. [] if it holds no JSON: what is malformed
-    costs itself and no more."""
-    value = extract_json(text)
+    """The questions of a reply: {"questions": [...]}, a list, objects one after another, in prose or not. What is malformed
+    costs itself and no more: of a list that is cut off, or broken in one question, the others are read. Without any
+    question the first JSON value, for check to say what is wrong with it; [] if there is none."""
+    decode, found, at, tries = json.JSONDecoder().raw_decode, [], text.find("{"), 0
+    while at >= 0 and tries < 1000:  # a bound on the time, for a reply of braces
+        try:
+            value, end = decode(text, at)
+        except (ValueError, RecursionError):
+            value, end = None, at
+        items = items_of(value)
+        asked = any("question" in item for item in items)
+        found += items if asked else []
+        at, tries = text.find("{", end if asked else at + 1), tries + 1  # without a question: what stands inside
+    return found or items_of(extract_json(text))
+
+
+def items_of(value) -> list[dict]:
     value = value.get("questions", value) if isinstance(value, dict) else value
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
 
@@ -103,7 +124,8 @@ def checked(item: dict, graph: Graph) -> dict:
         options, gold = repaired_count(question, options, gold, graph, said)
     asked = CHECKS[category](question, options, options[gold], graph)
     scene = sub_graph(graph, question, options, asked)
-    assert scene["objects"], f"{graph.id}: {question}"
+    if not scene["objects"]:  # a comparison of "the red car" and "the brown dog" names them in no form that is one name
+        raise ValueError("the question names no object of the graph")
     options, letter = shuffle_options(question, options, ascii_uppercase[gold], seed=hash_seed(graph.id, question))
     digest = hashlib.sha256(json.dumps([question, sorted(options), options[ord(letter) - 65]]).encode()).hexdigest()
     return {"id": f"{graph.id}-{digest[:10]}", "graph": graph.id, "question": question, "options": options,
@@ -150,24 +172,40 @@ def names_said(text: str, graph: Graph) -> list[str]:
 
 def repaired_count(question: str, options: list[str], gold: int, graph: Graph, said: list[str]) -> tuple[list[str], int]:
     """Options and gold that say how many there are. The number counts what stands behind 'how many', and where the
-    question ties it to another object, those with a relation to that; not, as upstream, all objects of the question."""
+    question ties it to another object, those that have this relation to it; not, as upstream, all that are named."""
     rest = re.sub(r"^(\s*(of|the|visible|different|separate))+\b", "", question.lower().partition("how many")[2])
-    asked, start, _ = next(iter(mentions(rest, said)), (None, 0, 0))
-    if asked is None or start > 0:  # 'red cups' and 'wheels of the bus' are not counted in a graph of cups and buses
+    found = mentions(rest, said)
+    if not found or found[0][1] > 0:  # 'red cups' and 'wheels of the bus' are not counted in a graph of cups and buses
         raise ValueError("a count that does not say how many of what")
+    asked = found[0][0]
     things = objects_called(graph, asked)
     if any(name_key(name) == name_key(asked) for name in graph.uncounted):
         raise ValueError("a count of a class that is not boxed one by one")
-    others = {t["id"] for name in said if name != asked for t in objects_called(graph, name)}
-    if others:
-        ends = [{r["subject"], r["object"]} for r in graph.relations]
-        things = [t for t in things if any(t["id"] in pair and pair & others for pair in ends)]
+    if len(said) > 1 or len(found) > 1:
+        if len(found) != 2:  # 'On the table, how many cups are there?': tied to what stands elsewhere, or to several
+            raise ValueError("a count tied to another object in words that are not known")
+        predicate, others = words_between(rest, *found), objects_called(graph, found[1][0])
+        things = [t for t in things if any(t is not other and holds(graph, t, predicate, other) for other in others)]
     if not things:
         raise ValueError("a count of what the graph does not tie together")
-    numbers = [read_number(option) for option in options]
+    numbers = [exact_number(option, asked) for option in options]
+    if None in numbers:
+        raise ValueError("an option of a count that is no number")
     if len(things) in numbers:
         return options, numbers.index(len(things))
     return [*options[:gold], str(len(things)), *options[gold + 1 :]], gold
+
+
+def exact_number(option: str, name: str) -> float | None:
+    """'3', 'three', '3 cups'; None for 'more than 3', which would be right beside another option."""
+    words = [word for word in tokens(option) if singular(word) not in name_key(name)]
+    return 0 if words in (["no"], ["none"]) else read_number(words[0]) if len(words) == 1 else None
+
+
+def words_between(text: str, first: tuple, second: tuple) -> str:
+    """The words that tie two mentions() together: 'the dog that is left of the car' -> 'left of'."""
+    filler = ("a", "an", "the", "that", "which", "is", "are", "there")
+    return " ".join(word for word in tokens(text)[first[2] : second[1]] if word not in filler)
 
 
 # A check takes (question, options, gold text, graph), returns the triple that was asked for or None, or raises.
@@ -177,6 +215,9 @@ def check_relation(question: str, options: list[str], gold: str, graph: Graph) -
     said = names_said(question, graph)
     if len(said) == 1 and len(objects_called(graph, said[0])) < 2:
         raise ValueError("a relation of one object")
+    start = mentions(question, said)[0][1]
+    if re.search(r"\b(respect|relative|relation) to( an?| the)?$", " ".join(tokens(question)[:start])):
+        said = [*said[1:2], said[0]]  # 'With respect to the bench, where is the dog?' asks about the dog
     triple = relation_between(graph, said, gold)
     if triple is None:
         raise ValueError("a relation that the graph does not hold")
@@ -198,18 +239,15 @@ def relation_between(graph: Graph, said: list[str], predicate: str) -> dict | No
 
 def holds(graph: Graph, a: dict, predicate: str, b: dict) -> bool:
     """Whether `a predicate b` is a relation of the graph, its converse is, or the boxes say so (left, right, above,
-    below). Predicates of one group count as one."""
+    below). Predicates of one group count as one, except in CONTRARIES."""
     wanted, group = canonical(predicate), group_of(predicate)
     for relation in graph.relations:
-        ends = (relation["subject"], relation["object"])
-        if ends == (a["id"], b["id"]):
-            given = relation["predicate"]
-        elif ends == (b["id"], a["id"]) and group_of(relation["predicate"]) in OPPOSITE:
-            given = {"left": "left of", "right": "right of", "front": "in front of"}.get(
-                OPPOSITE[group_of(relation["predicate"])], OPPOSITE[group_of(relation["predicate"])])  # fmt: skip
-        else:
+        ends, given, exact = (relation["subject"], relation["object"]), canonical(relation["predicate"]), CONTRARIES
+        if ends == (b["id"], a["id"]):
+            given, exact = CONVERSE.get(group_of(given)), (*CONTRARIES, "touch")  # a cup that is held holds nobody
+        elif ends != (a["id"], b["id"]):
             continue
-        if canonical(given) == wanted or (group is not None and group_of(given) == group):
+        if given and (given == wanted or (group_of(given) == group and group not in (None, *exact))):
             return True
     return group is not None and group_of(direction(a["bbox"], b["bbox"]) or "") == group
 
@@ -222,9 +260,11 @@ def check_existence(question: str, options: list[str], gold: str, graph: Graph) 
     found = mentions(question, {label(thing["id"]) for thing in graph.objects})
     triple = None
     if len(found) > 1:
-        (first, _, after), (second, before, _) = found[:2]
-        between = [w for w in tokens(question)[after:before] if w not in ("a", "an", "the", "that", "which", "is", "are")]
-        triple = relation_between(graph, [first, second], " ".join(between))
+        first, second = found[:2]
+        predicate = words_between(question, first, second)
+        triple = relation_between(graph, [first[0], second[0]], predicate)
+        if truth == "no" and group_of(predicate) is None:
+            raise ValueError("what is denied is in words that are not known")
         if truth == "yes" and triple is None:
             raise ValueError("a relation that the graph does not hold")
     if truth == "no" and (triple or len(found) == 1):
@@ -242,7 +282,10 @@ def check_location(question: str, options: list[str], gold: str, graph: Graph) -
     (x, y), (width, height), words = centre(things[0]["bbox"]), graph.size, set(tokens(gold))
     wrong = {"left": x > 0.5 * width, "right": x < 0.5 * width, "top": y > 0.5 * height, "upper": y > 0.5 * height,
              "bottom": y < 0.5 * height, "lower": y < 0.5 * height}  # fmt: skip
-    if any(wrong.get(word) for word in words):
+    if words & {"center", "centre", "central", "middle"}:  # of either axis that no other word speaks of
+        wrong["middle"] = not (words & {"left", "right"} or width <= 3 * x <= 2 * width) or not (
+            words & {"top", "upper", "bottom", "lower"} or height <= 3 * y <= 2 * height)  # fmt: skip
+    if any(wrong.get(word) for word in (*words, "middle")):
         raise ValueError("a location that the box does not have")
 
 

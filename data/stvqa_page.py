@@ -55,11 +55,13 @@ def statistics(path: Path) -> dict:
 
 class Guesser:
     """Answers without the picture, learnt on one half of the pictures and asked on the other, both ways round: of the
-    options take the one that was right most often when it stood there, in questions of its category."""
+    options take the one that was right most often in questions of its category. Two guessers: one looks at every option by
+    itself, wherever it stood, the other at questions with these very options, which may tell what no option does alone."""
 
     def __init__(self):
         self.seen: list[Counter] = [Counter(), Counter()]  # by half: (category, option) -> questions, and right ones
         self.right: list[Counter] = [Counter(), Counter()]
+        self.sets: list[Counter] = [Counter(), Counter()]  # by half: (category, options, right one) -> questions
         self.rows: list[tuple] = []  # half, category, options, gold text, letter
 
     def add(self, row: dict) -> None:
@@ -67,25 +69,30 @@ class Guesser:
         keys = [hash_seed(row["category"], option) for option in row["options"]]  # 32 bits a text: kept for every row
         self.seen[half].update(keys)
         self.right[half][keys[row["options"].index(gold)]] += 1
+        self.sets[half][hash_seed(*map(str, sorted(keys))), keys[row["options"].index(gold)]] += 1
         self.rows.append((half, row["category"], keys, row["options"].index(gold)))
 
     def rates(self) -> dict:
-        """chance, always the commonest letter, and the guesser's rate, over all and by category; in percent."""
-        hits, totals = Counter(), Counter()
+        """chance, always the commonest letter, and the guessers' rates, over all and by category; in percent."""
+        chance, hits, set_hits, totals = Counter(), Counter(), Counter(), Counter()
         for half, category, keys, gold in self.rows:
-            seen, right = self.seen[1 - half], self.right[1 - half]
-            score = [(right[key] + 1 / len(keys)) / (seen[key] + 1) for key in keys]
-            best = [i for i, value in enumerate(score) if value == max(score)]
-            hits[category] += (gold in best) / len(best)
+            seen, right, among = self.seen[1 - half], self.right[1 - half], hash_seed(*map(str, sorted(keys)))
+            hits[category] += hit([(right[key] + 1 / len(keys)) / (seen[key] + 1) for key in keys], gold)
+            set_hits[category] += hit([self.sets[1 - half][among, key] for key in keys], gold)
+            chance[category] += 1 / len(keys)
             totals[category] += 1
         n = max(1, len(self.rows))
         letters = Counter(gold for *_, gold in self.rows)
-        return {
-            "chance": round(100 * sum(1 / len(keys) for _, _, keys, _ in self.rows) / n, 1),
-            "commonest letter": round(100 * max(letters.values(), default=0) / n, 1),
-            "blind": round(100 * sum(hits.values()) / n, 1),
-            "blind by category": {name: round(100 * hits[name] / totals[name], 1) for name in CATEGORIES if totals[name]},
-        }
+        result = {"commonest letter": round(100 * max(letters.values(), default=0) / n, 1)}
+        for name, rate in (("chance", chance), ("blind", hits), ("blind by option set", set_hits)):
+            result[name] = round(100 * sum(rate.values()) / n, 1)
+            result[f"{name}, each"] = {c: round(100 * rate[c] / totals[c], 1) for c in CATEGORIES if totals[c]}
+        return result
+
+
+def hit(scores: list[float], gold: int) -> float:
+    """How often one is right who takes the highest score, of equal ones any."""
+    return (scores[gold] == max(scores)) / scores.count(max(scores))
 
 
 def table(result: dict[str, dict]) -> list[str]:
@@ -104,8 +111,10 @@ def table(result: dict[str, dict]) -> list[str]:
     lines.append("length, mean")
     lines += [line(f"  {name}", [p["lengths"][name]["mean"] for p in parts]) for name in parts[0]["lengths"]]
     lines.append("right without the picture, percent")
-    lines += [line(f"  {name}", [p[name] for p in parts]) for name in ("chance", "commonest letter", "blind")]
-    lines += [line(f"  blind: {name}", [p["blind by category"].get(name) for p in parts]) for name in CATEGORIES]
+    rates = ("chance", "commonest letter", "blind", "blind by option set")
+    lines += [line(f"  {name}", [p[name] for p in parts]) for name in rates]
+    for short, name in (("chance", "chance"), ("blind", "blind"), ("by set", "blind by option set")):
+        lines += [line(f"  {short}: {c}", [p[f"{name}, each"].get(c) for p in parts]) for c in CATEGORIES]
     return lines
 
 

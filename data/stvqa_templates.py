@@ -4,8 +4,9 @@ What makes them sound: an object is asked about by name only where nothing else 
 answer keeps a margin, and what lies within it is not asked; a wrong option is one that boxes or annotations refute, not
 one that merely is not annotated. Questions of boxes say "in the picture", because there they are about the picture.
 
-Of the questions that a graph supports the one is taken whose category, then whose answer, has been asked least: yes and
-no, left and right stay even, and a blind guess stays near chance.
+Of the questions that a graph supports the one is taken whose category, then whose answer, has been asked least. Options
+give nothing away: where they are words or numbers and not objects, no answer runs ahead of its rival among the same
+options, so that yes and no, left and right, on and under stay even.
 """
 
 import math
@@ -30,14 +31,15 @@ DULL = frozenset(
 )
 # Of these two in one picture differ little in the world, so that the one that looks twice as long is the nearer.
 SIMILAR = frozenset("car bus train truck horse cow sheep elephant zebra giraffe bicycle motorcycle chair person".split())
-# The annotated relations that are asked about, each by one word that stands for all of its kind, and the words that it
-# excludes. All of them are right somewhere: an option that never is would give the others away.
+# The annotated relations that are asked about, each by one word that stands for all of its kind.
 ASKED = {"on": "on", "sitting on": "on", "standing on": "on", "lying on": "on", "laying on": "on", "riding": "on",
          "parked on": "on", "on top of": "on", "under": "under", "beneath": "under", "next to": "next to",
          "beside": "next to", "in": "inside", "inside": "inside", "in front of": "in front of", "behind": "behind",
          "at the back of": "behind"}  # fmt: skip
-WRONG = {"on": ("under", "behind", "next to"), "under": ("on", "inside"), "next to": ("on", "under", "inside"),
-         "inside": ("under", "behind", "next to"), "in front of": ("behind",), "behind": ("in front of",)}  # fmt: skip
+# Words that exclude each other, asked against each other: were one the wrong option of another but not the other way
+# round, the two together would tell which is right.
+EXCLUDE = (("in front of", "behind"), ("on", "under"), ("on", "next to"), ("under", "inside"), ("next to", "inside"))
+COUNTS = tuple((str(n), str(n + 1)) for n in range(2, 9))  # for the same reason no number that is never right
 VERBS = {"holding": "holding", "carrying": "carrying", "riding": "riding", "using": "using", "eating": "eating",
          "leaning against": "leaning against", "sitting on": "sitting on", "standing on": "standing on",
          "touching": "touching"}  # fmt: skip
@@ -73,6 +75,17 @@ class Names:
     def groups(self, a: dict, b: dict) -> set[str | None]:
         return {GROUPS.get(predicate) for predicate in self.said.get((a["id"], b["id"]), ())}
 
+    def directed(self, a: dict, b: dict) -> set[str | None]:
+        """The groups of what is annotated of a with respect to b, its converse included: "b behind a" says front."""
+        groups = set()
+        for r in self.graph.relations:
+            group = group_of(r["predicate"])
+            if (r["subject"], r["object"]) == (a["id"], b["id"]):
+                groups.add(group)
+            elif (r["subject"], r["object"]) == (b["id"], a["id"]):
+                groups.add(OPPOSITE.get(group, group))
+        return groups
+
     def apart(self, a: dict, b: dict) -> bool:
         return gap(a, b, self.graph) >= 0.08 and not self.groups(a, b) & {"touch", "on", "inside", "holds", "clothing"}
 
@@ -102,35 +115,26 @@ def relation(names: Names, draw: Draw) -> Iterator[tuple]:
             a, b, gold = by_id[r["subject"]], by_id[r["object"]], ASKED[canonical(r["predicate"])]
             yield from annotated(names, a, b, gold)
             if gold in ("in front of", "behind"):
-                yield from annotated(names, b, a, RIVAL[gold])
+                yield from annotated(names, b, a, "behind" if gold == "in front of" else "in front of")
 
 
 def annotated(names: Names, a: str, b: str, gold: str) -> Iterator[tuple]:
-    """A relation that somebody saw, among others that it excludes or that the boxes refute."""
+    """A relation that somebody saw, against one that it excludes."""
     one, other = names.alone[a], names.alone[b]
     lower = centre(one["bbox"])[1] - centre(other["bbox"])[1]
-    said, seen = names.groups(one, other), GROUPS.get(direction(one["bbox"], other["bbox"]))
+    said, seen = names.directed(one, other), GROUPS.get(direction(one["bbox"], other["bbox"]))
     if (gold == "on" and lower >= 0) or (gold == "under" and lower <= 0) or {"front", "behind"} <= said:
         return  # the boxes contradict the annotator, or one annotator another
     if gold in ("in front of", "behind") and not may_be_nearer(*((one, other) if gold != "behind" else (other, one)), names):
         return
-    wrong = [*WRONG[gold], *(refuted(one, other) if gold in ("in front of", "behind") else ())]
-    wrong = [option for option in wrong if GROUPS[option] not in said and GROUPS[option] != seen]
-    if wrong:
-        yield f"Where is the {a} with respect to the {b}?", [gold, *wrong], gold
+    for pair in EXCLUDE:
+        if gold in pair and not {GROUPS[option] for option in pair if option != gold} & {*said, seen}:
+            yield f"Where is the {a} with respect to the {b}?", pair, gold
 
 
 def may_be_nearer(near: dict, far: dict, names: Names) -> bool:
     """Not if it stands clearly higher in the picture: "in front of the laptop" may be said from where the laptop is."""
     return near["bbox"][3] >= far["bbox"][3] - 0.1 * names.graph.size[1]
-
-
-def refuted(a: dict, b: dict) -> list[str]:
-    """Directions in which a does not lie from b: its centre is clearly on the other side."""
-    (ax, ay), (bx, by) = centre(a["bbox"]), centre(b["bbox"])
-    width, height = (b["bbox"][2] - b["bbox"][0]) / 4, (b["bbox"][3] - b["bbox"][1]) / 4
-    across = ["left of"] if ax > bx + width else ["right of"] if ax < bx - width else []
-    return across + (["above"] if ay > by + height else ["below"] if ay < by - height else [])
 
 
 def existence(names: Names, draw: Draw) -> Iterator[tuple]:
@@ -168,8 +172,9 @@ def count(names: Names, draw: Draw) -> Iterator[tuple]:
         n = len(things)
         small = min(share(thing, names.graph) for thing in things) < 0.0005
         if name in names.clear and 2 <= n <= 9 and not small and name_key(name)[-1] not in DULL and plural(name) != name:
-            lowest = max(1, n - draw.below(4))  # gold stands at any place among the four
-            yield f"How many {plural(name)} are there?", [str(lowest + i) for i in range(4)], str(n)
+            for pair in COUNTS:
+                if str(n) in pair:
+                    yield f"How many {plural(name)} are there?", pair, str(n)
 
 
 def instance_location(names: Names, draw: Draw) -> Iterator[tuple]:
@@ -278,13 +283,14 @@ def opposed(a: dict, b: dict, c: dict) -> bool:
     return (bx - ax) * (cx - ax) + (by - ay) * (cy - ay) < 0
 
 
-# Which function; answers of which a guesser must not prefer one, and by how many one may lead before it has to wait.
 WRITERS = dict(zip(CATEGORIES, (relation, reach, size, orientation, instance_location, depth, distance, count, existence),
                    strict=True))  # fmt: skip
-SLACK = 3
-PAIRS = (("yes", "no"), ("left", "right"), ("left of", "right of"), ("above", "below"), ("in front of", "behind"),
+# Of two options here neither may have been right more often than the other, in questions with the same options, by more
+# than SLACK before it has to wait: some, or a graph that supports only the one would give no question.
+SLACK = 1
+PAIRS = (("yes", "no"), ("left", "right"), ("left of", "right of"), ("above", "below"), *EXCLUDE, *COUNTS,
          ("from left to right", "from top to bottom"), ("the one on the left", "the one on the right"))  # fmt: skip
-RIVAL = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
+RIVALS = {one: {b for pair in PAIRS if one in pair for b in pair if b != one} for pair in PAIRS for one in pair}
 
 
 def write_items(graph: Graph, balance: Balance, *, n: int, relation_percent: float, seed: int) -> list[dict]:
@@ -317,21 +323,15 @@ def write_items(graph: Graph, balance: Balance, *, n: int, relation_percent: flo
 
 def least_used(candidates: list, category: str, balance: Balance, items: list, asked: set, draw: Draw) -> tuple | None:
     """The candidate whose answer the category has given least, drawn among equals; None if all would tip the balance."""
-    here = [(item["category"], item["options"][ord(item["answer"]) - 65]) for item in items]
-
-    def used(answer: str) -> int:
-        return balance.answers[category, answer] + here.count((category, answer))
-
+    here = Balance()
+    for item in items:
+        here.add(item)
     fresh = []
     for question, options, gold in candidates:
-        if question in asked:
-            continue
-        if category == "count":  # small numbers are commoner than large ones
-            most = max(used(option) for option in options if option != gold)
-        else:
-            most = used(RIVAL[gold]) if RIVAL.get(gold) in options else used(gold)
-        if used(gold) <= most + SLACK:
-            fresh.append((used(gold), question, options, gold))
+        key, rivals = (category, frozenset(options)), RIVALS.get(gold, set()) & {*options}
+        used = {answer: balance.sets[*key, answer] + here.sets[*key, answer] for answer in (gold, *rivals)}
+        if question not in asked and all(used[gold] <= used[rival] + SLACK for rival in rivals):
+            fresh.append((balance.answers[category, gold] + here.answers[category, gold], question, options, gold))
     if not fresh:
         return None
     least = min(entry[0] for entry in fresh)

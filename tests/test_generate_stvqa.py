@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tyro
 from misbehaving import Handler, Misbehaving, half, hang_up, proper, says, servers, status
 from PIL import Image
 
@@ -348,6 +349,24 @@ def test_questions_are_kept_if_one_of_four_tries_agrees_and_no_try_is_asked_twic
         run("verify", tmp_path, **settings, retry_temperature=0.5)
 
 
+def test_a_model_that_takes_no_temperature_is_sent_none(serving, tmp_path):
+    asked = tyro.cli(Config, args=["write", "--temperature", "None", "--retry-temperature", "None"])
+    assert asked.temperature is None and asked.retry_temperature is None
+    _, answers = scene_answers(4)
+    server = serving(answers)
+    run("write", tmp_path, **model(server, limit=4), temperature=None)
+    run("check", tmp_path)
+    run("select", tmp_path)
+    verifier = serving({question: "no idea" for question in verifier_answers(tmp_path)})
+    how = {"verifier": "openai", "verifier_model": "m", "verifier_url": verifier.url + "/v1", "tries": 2}
+    run("verify", tmp_path, **how, retry_temperature=None)
+    assert len(server.seen) == 4 and len(verifier.seen) == 2 * len(verifier.answers)
+    assert not any("temperature" in body for _, body, *_ in (*server.seen, *verifier.seen))
+    (tmp_path / "verified.jsonl").unlink()
+    run("verify", tmp_path, **how, retry_temperature=0.7)
+    assert {body["temperature"] for _, body, *_ in verifier.seen[2 * len(verifier.answers) :]} == {0.0, 0.7}
+
+
 def test_the_whole_chain_with_a_verifier(serving, tmp_path):
     run("all", tmp_path, graphs="scenes:hard", limit=20)
     rows = verifier_answers(tmp_path)
@@ -394,6 +413,9 @@ def test_a_dry_run_counts_calls_and_money_and_asks_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("settings", "named"), [
+    ({"writer": "hf", "model": "m", "temperature": None}, "--temperature None: give 0"),
+    ({"verifier": "vllm", "verifier_model": "m", "retry_temperature": None}, "--retry-temperature None: give 0"),
+    ({"temperature": -1.0}, "--temperature -1.0"),
     ({"command": "paint"}, "command paint: unknown"), ({"writer": "gpt"}, "--writer gpt: unknown"),
     ({"writer": "openai"}, "needs --model"), ({}, "--graphs is missing"), ({"graphs": "none.json"}, "no such file"),
     ({"graphs": "scenes:huge"}, "unknown level"), ({"questions": 0}, "--questions 0"), ({"val_split": 1.0}, "--val-split"),

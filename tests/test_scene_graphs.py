@@ -218,6 +218,56 @@ def test_a_wrong_file_is_named_with_its_record(tmp_path, text, named):
         list(read_graphs(str(tmp_path / "graphs.json")))
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.parametrize("wrong", [
+    {"objects": [{"id": 5, "bbox": [0, 0, 1, 1]}]}, {"objects": [{"id": "a.1", "bbox": None}]}, {"objects": {"a": 1}},
+    {"objects": [3]}, {"width": "64", "height": 80}, {"width": 64.5, "height": 80}, {"image": 5}, {"image": ["1.jpg"]},
+    {"relationships": [{"subject": ["a.1"], "predicate": "on", "object": "a.1"}]},
+])  # fmt: skip
+def test_a_record_of_the_wrong_form_is_named_with_its_file(tmp_path, kind, wrong):
+    record = {"image_id": 1, "objects": [{"id": "a.1", "bbox": [0, 0, 9, 9]}], "relationships": []} | wrong
+    picture(tmp_path / "1.jpg")
+    (tmp_path / f"graphs.{kind}").write_text(json.dumps(record) if kind == "jsonl" else json.dumps([record]))
+    with pytest.raises(ValueError, match=rf"graphs.{kind}, record 1: no (VG150|Visual Genome) graph"):
+        list(read_graphs(str(tmp_path / f"graphs.{kind}")))
+
+
+@pytest.mark.parametrize("wrong", [{"width": None}, {"width": "100"}, {"height": float("nan")}, {"file_name": 5},
+                                   {"id": [9]}])  # fmt: skip
+def test_a_coco_picture_of_the_wrong_form_is_named_with_its_file(tmp_path, wrong):
+    file = coco_file(tmp_path)
+    content = json.loads(file.read_text())
+    whole, content["images"][0] = content["images"][0], content["images"][0] | wrong
+    broken = [content, content | {"images": [{key: value for key, value in whole.items() if key not in wrong}]}]
+    for one in broken:
+        file.write_text(json.dumps(one))
+        with pytest.raises(ValueError, match="instances.json: no COCO instances file"):
+            list(read_graphs(str(file), str(tmp_path / "images")))
+
+
+@pytest.mark.parametrize("entry", [{"width": 100, "height": 80}, {"image_id": 7, "width": None, "height": 80}, 3])
+def test_image_data_of_the_wrong_form_is_named(tmp_path, entry):
+    file = vg_file(tmp_path)
+    (tmp_path / "image_data.json").write_text(json.dumps([{"image_id": 8, "width": 100, "height": 80}, entry]))
+    with pytest.raises(ValueError, match="image_data.json, record 2: no picture's size"):
+        list(read_graphs(str(file)))
+
+
+def test_a_file_cut_off_or_in_another_encoding_is_named(tmp_path):
+    coco = coco_file(tmp_path)
+    whole = coco.read_bytes()
+    for content, why in ((whole[:-30], "instances.json: not JSON, or cut off"),
+                         (whole.replace(b"person", b"caf\xe9"), "instances.json: not UTF-8")):  # fmt: skip
+        coco.write_bytes(content)
+        with pytest.raises(ValueError, match=why):
+            list(read_graphs(str(coco), str(tmp_path / "images")))
+    graphs = vg_file(tmp_path)
+    for at in (b"Man", b'"image_id": 8'):  # where the layout is found out, and further on
+        graphs.write_bytes(vg_file(tmp_path).read_bytes().replace(at, b'"\xe9'))
+        with pytest.raises(ValueError, match="scene_graphs.json: not UTF-8"):
+            list(read_graphs(str(graphs)))
+
+
 def test_a_missing_file_or_folder_and_a_picture_with_two_graphs(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         list(read_graphs(str(tmp_path / "none.json")))
