@@ -840,14 +840,22 @@ def _is_right(response: str, given: str, gold: str, options: tuple[str, ...]) ->
     return grade_choice(response, list(options), gold) if options else _mend_answer(given, gold)
 
 
+# A description of the picture; one that is cut off ends where the next block begins, or with the text.
+DESCRIPTION = re.compile(r"<(observe|scene)>.*?(?:</\1>|(?=<(?:scene|think)>)|\Z)", re.DOTALL)
+
+
 def _final(text: str) -> str:
     """The part of a response that holds the answer: the last answer block (also when one of its tags is missing), else
-    what follows the reasoning; of that, what follows the last `Answer:` (5.4 no. 1)."""
+    what follows the reasoning, without the description of the picture; of that, what follows the last `Answer:` (5.4
+    no. 1). Nothing of a response that was cut before its answer: reasoning and description name options too."""
     start = text.rfind("<answer>")
     if start >= 0:
         text = text[start + 8 :].partition("</answer>")[0]
     elif "</answer>" in text:
         text = text[: text.rfind("</answer>")]
+    else:
+        text = DESCRIPTION.sub("", text.rpartition("</think>")[2])
+        text = "" if "<think>" in text else text
     after = text.rpartition("</think>")[2]
     text = (after if after.strip() else text).replace("<s>", "").replace("</s>", "")
     after = re.split("answer:", text, flags=re.IGNORECASE)[-1]

@@ -153,6 +153,29 @@ def test_yes_no(text, right, answer):
     assert R.grade(row("yes_no", "yes"), text) == {"correct": right, "answer": answer}
 
 
+SEEN = '<observe>a cat left of a dog</observe><scene>{"objects": [{"id": "cat.1", "bbox": [1, 2, 3, 4]}]}</scene>'
+
+
+@pytest.mark.parametrize("text", [
+    f"{SEEN}<think>The cat is left of", "<think>Is it (A)? There are no 4 of them, yes", f"{SEEN}<think>I do not know.</think>",
+    SEEN, SEEN.removesuffix("</scene>"), "<observe>a cat left of a dog", f"{SEEN}<think>so it is A: 4, yes</think>\n </s>",
+    "<observe>a cat left of a dog<think>4", "the cat is left of the dog: A, 4, yes</think>",
+])  # fmt: skip
+def test_a_response_cut_before_its_answer_has_none(text):
+    assert R.grade(row("choice", "A", options=["left of", "right of"]), text)["answer"] is None
+    for kind, gold in (("number", "4"), ("mra", "4"), ("regression", "4"), ("yes_no", "no"), ("text", "left of")):
+        assert R.grade(row(kind, gold), text) == {"correct": 0, "answer": None}
+
+
+@pytest.mark.parametrize("text", [
+    "The answer is A", "left of", "It is left of the dog.", f"{SEEN}The answer is A", "<think>(B)?</think>(A) left of",
+    f"{SEEN}<think>(B)?</think> Answer: A", "<think>or (B)?<answer>A", "<think>or (B)?</think> A</answer>",
+    f"The answer is A. {SEEN}", "<answer>A</answer><think>or",
+])  # fmt: skip
+def test_an_answer_without_tags_is_read_beside_the_blocks(text):
+    assert R.grade(row("choice", "A", options=["left of", "right of"]), text) == {"correct": True, "answer": "A"}
+
+
 @pytest.mark.parametrize("text, number", [
     ("a table and 7 chairs", 1), ("ninety or two", 2), ("zero, an apple", 0), ("Twenty-one", 1), ("2.5 m", 2.5), ("-3", 3),
     ("1,200", 1), (".5", 5), ("none", None), ("", None),
