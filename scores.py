@@ -31,7 +31,7 @@ def scores(records: list[dict], *, mode: str = "corrected", price: tuple[float, 
         "by_category": by_group(answered, "category"),
         "by": {key: by_group(answered, key) for key in bench.by},
         "macro": macro_scores(answered, bench.macro) if bench.macro else None,
-        "together": {key: together(answered, key) for key in bench.together},
+        "together": {key: together(records, key) for key in bench.together},
         "samples": samples(answered),
         "scene": scene_scores(drawn),
         "usage": usage(answered, price),
@@ -99,8 +99,25 @@ def macro_scores(records: list[dict], keys: tuple[str, ...]) -> dict:
 
 
 def together(records: list[dict], key: str) -> dict:
-    """Of the groups: how many, and the share in which every row is right (MMVP's pairs, circular questions)."""
-    return with_error([min(row_values(part).values()) for part in groups(records, key).values()])
+    """Of the whole groups: how many, and the share in which every row is right (MMVP's pairs, circular questions), over
+    the samples. `incomplete` groups are left out: a row or a sample of them was skipped, failed or cut off by --limit."""
+    k = max((len(part) for part in by_row(records)), default=0)
+    values, incomplete = [], 0
+    for part in groups(records, key).values():
+        rows, size = by_row(part), part[0].get("meta", {}).get("rows_of", {}).get(key, 0)
+        if len(rows) >= size and all("skipped" not in row[0] and len(row) == k for row in rows):
+            values.append(mean(min(float(record["correct"]) for record in turn) for turn in zip(*rows)))
+        else:
+            incomplete += 1
+    return with_error(values) | {"incomplete": incomplete}
+
+
+def by_row(records: list[dict]) -> list[list[dict]]:
+    """The records of each row, its samples in order."""
+    rows: dict = {}
+    for record in sorted(records, key=lambda record: record.get("sample", 0)):
+        rows.setdefault(record["id"], []).append(record)
+    return list(rows.values())
 
 
 def samples(records: list[dict]) -> dict | None:
@@ -235,7 +252,9 @@ def table(result: dict) -> list[str]:
         lines += [line(f"{key}: {name or '-'}", part) for name, part in cut.items()]
     if result["macro"]:
         lines.append(f"{'mean of ' + ', of '.join(result['macro']['over']):39s} {number(result['macro'])}")
-    lines += [line(f"all right in each {key}", part) for key, part in result["together"].items()]
+    for key, part in result["together"].items():
+        told = f"   {part['incomplete']} incomplete, left out" if part["incomplete"] else ""
+        lines.append(line(f"all right in each {key}", part) + told)
     if several := result["samples"]:
         k = several["k"]
         lines += [line(f"mean of {k}", several["mean"]), line(f"pass@{k}", several["pass"]),

@@ -13,6 +13,7 @@ import ast
 import base64
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,7 +308,7 @@ def load_benchmark(name: str, *, root: str | None = None, limit: int | None = No
     has its path under `video`. Raises ValueError naming file, row and cure, FileNotFoundError."""
     bench, rows = BENCHMARKS[name], []
     for place, record, bases in bench_records(name, bench, Path(root).expanduser() if root else None):
-        if limit is not None and len(rows) >= limit:
+        if limit is not None and len(rows) >= limit and not bench.together:  # groups are counted over all rows
             break
         try:
             rows.append(bench_row(name, bench, record, len(rows), bases, frames))
@@ -317,7 +318,10 @@ def load_benchmark(name: str, *, root: str | None = None, limit: int | None = No
             raise ValueError(f"{place}: {one_line(error)}") from None
     if not rows:
         raise ValueError(f"{name}: no rows in {root or bench.hub}")
-    return rows
+    sizes = Counter((key, row["meta"][key]) for row in rows for key in bench.together)
+    for row in rows if bench.together else ():  # in every transcript: a group of which one is missing is no whole group
+        row["meta"]["rows_of"] = {key: sizes[key, row["meta"][key]] for key in bench.together}
+    return rows[:limit]
 
 
 def bench_row(name: str, bench: Benchmark, record: dict, number: int, bases: list[Path], frames: int) -> dict:

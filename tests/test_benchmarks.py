@@ -165,6 +165,14 @@ def test_a_table_of_jsonl_or_parquet_and_limit(tmp_path, rows_of):
     assert len(load_benchmark("spatialbench", root=str(file), limit=1)) == 1
 
 
+def test_a_row_knows_its_groups_though_limit_cuts_them(clones, rows_of):
+    for name, key in (("mmvp", "pair"), ("hallusionbench", "figure"), ("3dsrbench-circular", "both")):
+        [row], rows = load_benchmark(name, root=str(clones), limit=1), rows_of(name)
+        whole = [other["meta"][key] for other in rows].count(row["meta"][key])
+        assert row["meta"]["rows_of"][key] == whole and row == rows[0]
+        assert name != "mmvp" or whole == 2
+
+
 def test_hub_tables_without_a_readme_and_the_authors_own_files(tmp_path):
     folder = write("mm-star", "val", tmp_path / "MMStar")
     (folder / "README.md").unlink()

@@ -76,6 +76,27 @@ def test_pairs_and_circles_must_be_right_together():
     assert "all right in each pair" in "\n".join(scores.table(result))
 
 
+def test_rows_are_right_together_in_a_sample_not_on_average():
+    """Each row of the pair is right in one of two samples, but never in the same one; the other pair in both."""
+    plan = {"0": (1, 0), "1": (0, 1), "2": (1, 1), "3": (1, 1)}
+    records = [record(key, value, dataset="mmvp", sample=n, meta={"pair": int(key) // 2})
+               for key, values in plan.items() for n, value in enumerate(values)]  # fmt: skip
+    for order in (records, records[::-1]):  # served answers come in any order
+        assert scores.scores(order)["together"]["pair"] | {"se": 0} == {"n": 2, "accuracy": 0.5, "se": 0, "incomplete": 0}
+
+
+def test_a_group_that_is_not_whole_is_left_out_and_counted():
+    """Pair 0 is whole, of pair 1 a row was skipped, of pair 2 one is not there (failed, or beyond --limit)."""
+    meta = [{"pair": n // 2, "rows_of": {"pair": 2}} for n in range(5)]
+    records = [record(str(n), 1, dataset="mmvp", meta=meta[n]) for n in (0, 1, 2, 4)]
+    records.append({"id": "3", "dataset": "mmvp", "category": "c", "meta": meta[3], "skipped": "torn"})
+    result = scores.scores(records)
+    assert result["together"]["pair"] == {"n": 1, "accuracy": 1.0, "se": 0.0, "incomplete": 2}
+    assert "2 incomplete, left out" in "\n".join(scores.table(result))
+    sampled = [record(str(row), 1, dataset="mmvp", sample=n, meta=meta[row]) for row in (0, 1) for n in range(2)]
+    assert scores.scores(sampled[:-1])["together"]["pair"]["incomplete"] == 1, "a sample of it failed"
+
+
 def test_shares_of_an_empty_and_a_skipped_file():
     for records in ([], [{"id": "a", "dataset": "mmvp", "skipped": "torn"}]):
         result = scores.scores(records)
