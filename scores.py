@@ -122,16 +122,15 @@ def by_row(records: list[dict]) -> list[list[dict]]:
 
 def samples(records: list[dict]) -> dict | None:
     """Of rows asked k times: mean, pass@k (any sample right) and majority (the answer that most samples give, ties
-    shared), each with its error; None if no row was asked twice."""
-    rows: dict = {}
-    for record in records:
-        rows.setdefault(record["id"], []).append(record)
-    k = max(map(len, rows.values()), default=0)
+    shared), each with its error; the last two of rows with all k samples. None if no row was asked twice."""
+    rows = by_row(records)
+    k = max(map(len, rows), default=0)
     if k < 2:
         return None
-    passed = [max(float(record["correct"]) for record in part) for part in rows.values()]
+    whole = [part for part in rows if len(part) == k]  # a served model may have failed at some samples
+    passed = [max(float(record["correct"]) for record in part) for part in whole]
     return {"k": k, "mean": accuracy(records), "pass": with_error(passed),
-            "majority": with_error([majority(part) for part in rows.values()])}  # fmt: skip
+            "majority": with_error([majority(part) for part in whole])}  # fmt: skip
 
 
 def majority(part: list[dict]) -> float:

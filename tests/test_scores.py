@@ -46,6 +46,13 @@ def test_samples_of_a_row_are_one_row():
     assert scores.scores([record("a", 1)])["samples"] is None
 
 
+def test_rows_without_all_samples_are_in_the_mean_alone():
+    records = [record("a", n == 3, sample=n) for n in range(4)] + [record("b", 0, sample=0)]
+    found = scores.samples(records)
+    assert found["pass"] == {"n": 1, "accuracy": 1.0, "se": 0.0} and found["majority"]["n"] == 1
+    assert found["mean"]["n"] == 2 and found["mean"]["accuracy"] == 0.125
+
+
 def test_a_tie_of_the_majority_is_shared():
     assert scores.majority([record("a", 1, answer="A"), record("a", 0, answer="B")]) == 0.5
     assert scores.majority([record("a", 1, answer="A"), record("a", 0, answer="B"), record("a", 0, answer="B")]) == 0.0
