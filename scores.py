@@ -5,11 +5,11 @@ their mean, and rows are what n and standard errors count.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 
 from data.benchmarks import BENCHMARKS, SPATIAL, Benchmark
 from providers import cost
+from rewards import plain
 
 NO_CUTS = Benchmark("", "", dict, None)  # a dataset outside the table: categories only
 
@@ -134,11 +134,15 @@ def samples(records: list[dict]) -> dict | None:
 
 
 def majority(part: list[dict]) -> float:
-    """Correctness of the most frequent answer; the mean of those that tie; 0 if none could be read."""
-    counts = Counter(record["answer"] for record in part if record["answer"] is not None)
-    most = [answer for answer, count in counts.items() if count == max(counts.values())]
-    value = {record["answer"]: float(record["correct"]) for record in part}
-    return mean(value[answer] for answer in most) or 0.0
+    """Correctness of the most frequent answer; the mean of those that tie; 0 if none could be read. Texts count as the
+    grader compares them: "Left." and "the left" are one answer."""
+    values: dict[str, list[float]] = {}
+    for record in part:
+        if (answer := record["answer"]) is not None:
+            answer = plain(answer) if record["kind"] in ("text", "ocr") else answer
+            values.setdefault(answer, []).append(float(record["correct"]))
+    most = max(map(len, values.values()), default=0)
+    return mean(mean(found) for found in values.values() if len(found) == most) or 0.0
 
 
 def scene_scores(drawn: list[dict]) -> dict:

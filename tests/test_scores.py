@@ -59,6 +59,12 @@ def test_a_tie_of_the_majority_is_shared():
     assert scores.majority([record("a", 0, answer=None)]) == 0.0
 
 
+def test_the_majority_of_texts_is_counted_as_they_are_compared():
+    part = [record("a", 1, kind="text", answer=text) for text in ("left", "Left", "left.", "the left")]
+    part += [record("a", 0, kind="text", answer="right")] * 2
+    assert scores.majority(part) == 1.0
+
+
 def test_macro_weighs_groups_alike_and_carries_their_errors():
     """CV-Bench's own number: (mean of ADE20K and COCO, and Omni3D) / 2."""
     plan = {"ADE20K": [1, 0, 0, 0], "COCO": [1, 1], "Omni3D": [1, 1, 1, 0, 0, 0]}
