@@ -903,14 +903,25 @@ def _readings(span: str, options: tuple):
     yield _mentioned(flat, options)
 
 
+# After a letter: '(B)', 'possibly B', and after a comma a 'B' that is no word of a clause ('A, because', 'A, the cat').
+SECOND = re.compile(r"[(\[{]\s?([A-Za-z])\s?[)\]}]|(?:(?:and|or|possibly|perhaps|maybe)\W{1,3}){1,2}\(?([A-Z])(?![\w'])"
+                    r"|([A-Z])(?=\W{0,3}(?:\Z|[,.;:)\n]|(?:and|or)\b))")  # fmt: skip
+
+
 def _leading(text: str, options: tuple, *, form: re.Pattern = LETTER) -> set[str]:
     """The letters that the beginning of a text names, by letter or by an option's text. Two are a contradiction."""
-    by_text = _by_text(text[:400], options)
-    letter, rest = _split_letter(text[:400], form)
+    text = text[:400]
+    by_text = _by_text(text, options)
+    letter, rest = _split_letter(text, form)
     if not letter or ord(letter) - 65 >= (len(options) or 8):
         return by_text
     if other := re.match(r"(?:and|or|nor|/|&)\W{0,3}([A-Za-z])(?![A-Za-z])", rest):  # 'A and B'
         return {letter, other.group(1).upper()}
+    other = SECOND.match(rest)
+    if other and (other.lastindex < 3 or "," in text[: len(text) - len(rest)]) and plain(text) not in options:
+        second = other.group(other.lastindex).upper()
+        if second != letter and ord(second) - 65 < (len(options) or 8):
+            return {letter, second}
     if by_text and rest:  # 'C is closer' can be an option's own text
         return by_text
     beside = _by_text(rest, options)
