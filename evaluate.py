@@ -142,6 +142,10 @@ def check_config(cfg: Config) -> None:
         raise ValueError("--model is missing: give a checkpoint folder, a hub id, or random:tiny")
     if cfg.provider in SERVED and cfg.box_frame == "resized":
         raise ValueError(f"--box-frame resized with --provider {cfg.provider}: its resizing is not known here, leave it out")
+    if cfg.mode != "corrected" and not (cfg.rescore or cfg.compare or cfg.image):
+        if own := [name for name in chosen(cfg.dataset) if name not in BENCHMARKS]:
+            why = f"{own[0]} has no published rule, only the benchmarks of --list have one"
+            raise ValueError(f"--mode {cfg.mode}: {why}: leave it out")
     if cfg.image and not cfg.question:
         raise ValueError('--image needs --question "..."')
     if cfg.image and not Path(cfg.image).is_file():

@@ -627,6 +627,7 @@ def test_boxes_of_a_resized_frame_land_on_the_original_picture():
     (dict(provider="carrier-pigeon"), "--provider carrier-pigeon: unknown"),
     (dict(control="deaf"), "--control deaf: unknown, choose none, blind or swapped"),
     (dict(style="haiku"), "'haiku' is unknown"),
+    (dict(mode="upstream"), "--mode upstream: scenes:easy@val has no published rule, only the benchmarks"),
     (dict(dtype="int4"), "--dtype int4"),
     (dict(limit=0), "--limit 0: give 1 or more"),
     (dict(max_tokens=0), "--max-tokens 0: give 1 or more"),
