@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,12 +90,35 @@ def picture_digest(picture: Image.Image | bytes | str) -> str:
     return hashlib.sha256(picture).hexdigest()
 
 
+ABSENT = "absent"
+
+
+def files_state(row: dict) -> str | None:
+    """What the files of a row show, as a hash: of pictures their content, of a video its name, for that may be gigabytes.
+    ABSENT if one is not there, None if it has none."""
+    files = [file for file in (row.get("video"), *row["images"]) if isinstance(file, str)]
+    if not all(Path(file).exists() for file in files):
+        return ABSENT
+    content = [Path(file).name if file == row.get("video") else file_digest(file, *size_and_time(file)) for file in files]
+    return hashlib.sha256(" ".join(content).encode()).hexdigest()[:16] if files else None
+
+
+def size_and_time(file: str) -> tuple[int, int]:
+    found = Path(file).stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=2**16)  # the frames of a video stand in many rows
+def file_digest(file: str, size: int, time: int) -> str:
+    return picture_digest(file)
+
+
 def video_problem(row: dict) -> str | None:
     """Why a row's video cannot be shown: its file is not there. None for other rows."""
     video = row.get("video")
     if not video or isinstance(video, list) or Path(video).exists():
         return None
-    return f"row {row['id']}: video {video}: no such file; with --data-root give the folder that holds it"
+    return f"row {row['id']}: video {video}: no such file; with --data-root give the folder that holds it, or put it there"
 
 
 def with_frames(row: dict, frames: int) -> dict:
