@@ -214,6 +214,7 @@ def sendable(picture, row_id: str):
     """The picture itself if every server shows it as it is stored, else as RGB. Raises BrokenPicture."""
     try:
         with open_picture(picture) as image:
+            image.load()  # a header alone may stand before nothing
             plain = image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1  # not to be turned
     except Exception:  # decode_picture names it; Pillow raises nearly anything on foreign bytes
         plain = False

@@ -128,8 +128,11 @@ def test_what_fails_is_listed_and_asked_again_alone(server, rows, tmp_path, caps
     assert len(lines_of(cfg.out)) == 24 and json.loads((tmp_path / "out" / "failed.json").read_text()) == {}
 
 
-def test_a_broken_picture_is_skipped_for_good(server, rows, tmp_path):
-    (tmp_path / "p0.png").write_bytes(b"torn")
+@pytest.mark.parametrize("torn", ["foreign", "cut after its header"])
+def test_a_broken_picture_is_skipped_for_good(server, rows, tmp_path, torn):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "p0.png").write_bytes(b"torn" if torn == "foreign" else data[: len(data) // 2])
     cfg = served(server, dataset=str(rows), out=str(tmp_path / "out"))
     evaluate.main(cfg)
     result = json.loads((tmp_path / "out" / "scores.json").read_text())
