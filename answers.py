@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 import providers
-from command import check_shadowed_kernels
+from command import StopSignal, check_shadowed_kernels
 from data.benchmarks import AS_FRAMES
 from data.dataset import encode, sizes_or_error
 from data.pictures import BrokenPicture, decode_picture, open_picture
 from data.prompts import build_prompt
+from data.stvqa_calls import until_stopped
 from data.video import load_clip
 
 if TYPE_CHECKING:
@@ -183,8 +184,9 @@ def answer_batch(rollout, processor, cfg: "Config", rows: list[dict], seed: int,
 
 
 def ask_served(cfg: "Config", rows: list[dict], seed: int, have: set) -> Iterator[list[tuple]]:
-    """A bundle an answer, as they come. Pictures go as they are: how a server resizes them is its own affair."""
-    skipped, places = [], {}
+    """A bundle an answer, as they come. Pictures go as they are: how a server resizes them is its own affair. After a
+    SIGTERM or Ctrl-C nothing more is asked, what is under way comes in, for it is paid for, and KeyboardInterrupt follows."""
+    skipped, places, stop = [], {}, StopSignal()
 
     def requests() -> Iterator[providers.Request]:
         for n, row in enumerate(rows):
@@ -201,13 +203,20 @@ def ask_served(cfg: "Config", rows: list[dict], seed: int, have: set) -> Iterato
                                         temperature=cfg.temperature, seed=seed + n * cfg.k + sample)  # fmt: skip
 
     where = {"provider": cfg.provider, "model": cfg.model, "base_url": cfg.base_url}
-    for reply in providers.ask(requests(), **where, parallel=cfg.parallel, timeout=cfg.timeout):
-        if reply.error:
-            yield [(*places[reply.id], {"failed": reply.error})]
-            continue
-        yield [(*places[reply.id], {"text": reply.text, "finished": reply.finish != "length", "tokens": reply.tokens_out,
-                                    "tokens_in": reply.tokens_in})]  # fmt: skip
-    yield skipped
+    try:
+        asked = until_stopped(requests(), stop)
+        for reply in providers.ask(asked, **where, parallel=cfg.parallel, timeout=cfg.timeout):
+            place = places[reply.id]
+            if reply.error:
+                yield [(*place, {"failed": reply.error})]
+                continue
+            yield [(*place, {"text": reply.text, "finished": reply.finish != "length", "tokens": reply.tokens_out,
+                             "tokens_in": reply.tokens_in})]  # fmt: skip
+        yield skipped
+    finally:
+        stop.restore()
+    if stop.requested:
+        raise KeyboardInterrupt
 
 
 def sendable(picture, row_id: str):

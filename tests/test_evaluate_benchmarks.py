@@ -177,6 +177,27 @@ def test_a_served_model_answers_one_picture(server, rows, tmp_path, capsys):
         evaluate.main(served(server, image=about["image"], question="Why?", out=str(tmp_path / "two")))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_by_signal_keeps_every_answer_that_was_asked_for(server, rows, tmp_path, number):
+    class Stopping(Answering):
+        pause = 0.2
+
+        def reply(self, *args, **options):
+            with self.server.lock:
+                if len(self.server.seen) >= 6 and not stops:
+                    stops.append(os.kill(os.getpid(), number))
+            return super().reply(*args, **options)
+
+    stops, server.RequestHandlerClass, before = [], Stopping, signal.getsignal(number)
+    cfg = served(server, dataset=str(rows), out=str(tmp_path / "out"), parallel=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(cfg)
+    assert signal.getsignal(number) is before
+    assert 6 <= len(lines_of(cfg.out)) == len(server.seen) < 14
+    evaluate.main(cfg)
+    assert len(lines_of(cfg.out)) == len(server.seen) == 24
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_nothing_is_lost_or_asked_twice(server, rows, tmp_path, monkeypatch):
     """The command line, killed outright again and again; what stands in the file was asked once."""
