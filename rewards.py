@@ -815,6 +815,28 @@ def read_number(text: str) -> float | None:
     return (found[0] if found[0][0] == 0 else found[-1])[1] if found else None
 
 
+CENTIMETRES = {
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 100.0), **dict.fromkeys(("foot", "feet", "ft"), 30.48),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 1.0),
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), 0.1),
+    **dict.fromkeys(("km", "kilometer", "kilometers", "kilometre", "kilometres"), 1e5),
+    **dict.fromkeys(("in", "inch", "inches"), 2.54),
+}  # fmt: skip
+# A number with its unit; 'in' only where nothing follows ('two in the room').
+LENGTH = re.compile(rf"({NUMBER.pattern}|{NUMBER_WORD.pattern})[\s-]*(?!in\s+\w)({'|'.join(CENTIMETRES)})\b", re.I)
+
+
+def read_length(text: str, unit: str = "") -> float | None:
+    """The length a text states, in cm: what it begins with, else the last one; without any, its number in `unit`."""
+    text = text[-2000:].strip(EDGES.replace(".", ""))
+    if found := [*LENGTH.finditer(text)]:
+        said = found[0] if found[0].start() == 0 else found[-1]
+        number, unit = read_number(said[1]), said[2].lower()
+    else:
+        number = read_number(text)
+    return None if number is None or unit not in CENTIMETRES else number * CENTIMETRES[unit]
+
+
 def _split_letter(answer: str, form: re.Pattern = LETTER) -> tuple[str, str]:
     """'(b) Left.' -> ('B', 'Left.'); ('', all of it) where no letter stands in front."""
     m = form.match(answer)
@@ -1009,6 +1031,14 @@ def _number_row(row: dict, text: str) -> tuple[bool | float, str | None]:
     return correct, None if number is None else f"{number:g}"
 
 
+def _length_row(row: dict, text: str) -> tuple[bool, str | None]:
+    """A length with its unit (SpatialScore; seed_systems 3.9): less than twice gold and more than half of it, in any unit,
+    in gold's own if it names none; zero for zero."""
+    given, want = read_length(_final(text), LENGTH.match(row["gold"])[2].lower()), read_length(row["gold"])
+    right = given is not None and (given == want or given * want > 0 and 0.5 < given / want < 2)
+    return right, None if given is None else f"{given:g} cm"
+
+
 def _yes_no_row(row: dict, text: str) -> tuple[bool, str | None]:
     said = re.search(r"\b(?:yes|no)\b", _final(text).lower())
     return said is not None and said.group() == plain(row["gold"]), said and said.group()
@@ -1053,7 +1083,7 @@ def _moves_accuracy(pred: dict[str, float], target: dict[str, float]) -> float:
 
 GRADERS = {
     "choice": _choice_row, "number": _number_row, "regression": _number_row, "text": _text_row, "ocr": _text_row,
-    "mra": _number_row, "yes_no": _yes_no_row, "view_change": _moves_row,
+    "mra": _number_row, "length": _length_row, "yes_no": _yes_no_row, "view_change": _moves_row,
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from data.dataset import jsonl_records, numbered, one_line, parquet_records
 from data.options import asked, choice, unlettered
 from data.pictures import picture_size
 from data.rows import check_answer, picture_list, stvqa_row
+from rewards import LENGTH
 
 AS_FRAMES = "The pictures are frames of a video, in order.\n"  # said before the question
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -210,7 +211,8 @@ def longvideobench(r: dict, n: int) -> dict:
 def spatialscore(r: dict, n: int) -> dict:
     paths, meta = r["img_paths"], {"source": r["source"], "form": r["question_type"], "task": r["subcategory"]}
     shown = {"video": paths[0]} if paths and paths[0].endswith((".mp4", ".avi", ".mkv")) else {"images": paths}
-    row = asked(r["question"], r["answer"], number="mra")
+    row = asked(r["question"], r["answer"], number="mra" if r["source"].startswith("VSI") else "number")
+    row |= {"kind": "length"} if row["kind"] == "text" and LENGTH.fullmatch(row["gold"]) else {}
     return row | shown | {"category": r["category"], "own": r["index"], "meta": meta}
 
 

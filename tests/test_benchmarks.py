@@ -124,7 +124,7 @@ def test_what_single_entries_make_of_their_records(rows_of):
     assert rows_of("tempcompass")[3]["meta"] | {} == {"aspect": "order", "format": "caption_matching", "rule": "tempcompass",
                                                       "raw_gold": "Caption B: First a bowl, then a cup."}  # fmt: skip
     assert of("longvideobench", 0)[:3] == ("choice", "B", ["a clock", "a map", "a mirror"])
-    assert [row["kind"] for row in rows_of("spatialscore")] == ["choice", "yes_no", "mra"]
+    assert [row["kind"] for row in rows_of("spatialscore")] == ["choice", "yes_no", "mra", "length", "number"]
     assert rows_of("stvqa")[0]["scene"]["objects"][0]["id"] == "cup.1"
     dsr = rows_of("3dsrbench-circular")
     assert [row["meta"]["circular"] for row in dsr[:4]] == ["AAAAAAAA", "AAAAAAAA", "AAAAAAAA-flip", "AAAAAAAA-flip"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rewards as R
+from data.rows import check_answer
 
 VECTORS = Path(__file__).parent / "vectors"
 SPACER = [json.loads(line) for line in (VECTORS / "spacer.jsonl").read_text().splitlines()]
@@ -131,6 +132,25 @@ def test_mean_relative_accuracy_of_texts(text, gold, score):
     verdict = R.grade(row("mra", gold), text)
     assert verdict["correct"] == pytest.approx(score)
     assert (verdict["answer"] is None) == (not any(c.isdigit() for c in text) and text != "three" or len(text) > 400)
+
+
+@pytest.mark.parametrize("text, right", [
+    *((text, True) for text in (
+        "1.72 meters", "1.72 m", "1.72", "<answer>about 1.7 metres</answer>", "172 cm", "172cm", "1,720 mm", "0.00172 km",
+        "5.64 ft", "68 in", "68 inches.", "two meters", "6 feet", "1.72-meter", "1.72 m (5.6 feet)", "3.43 m", "0.87",
+        "The box is 9 m wide; its depth is 2 m", "There are 3 in the room, 150 cm away",
+    )),
+    *((text, False) for text in ("3.44 m", "0.86 m", "172", "two feet", "-1.72 m", "0 m", "none", "", "1.72 km", "9" * 400)),
+])  # fmt: skip
+def test_lengths_in_any_unit_within_a_factor_of_two(text, right):
+    verdict = R.grade(row("length", "1.72 meters"), text)
+    assert verdict["correct"] is right and (verdict["answer"] is None) == (text in ("none", "", "9" * 400))
+    assert R.grade(row("length", "0 m"), text)["correct"] is (text == "0 m")
+
+
+def test_a_length_whose_gold_has_no_unit_is_refused():
+    with pytest.raises(ValueError, match="gold '1.72' is no length: write a number with its unit"):
+        check_answer(row("length", "1.72") | {"question": "How deep?"})
 
 
 @pytest.mark.parametrize("text, score, parsed", [
