@@ -104,7 +104,8 @@ def report(path: Path, records: list[dict], *, title: str, mode: str = "correcte
 
 def rescore(source: str, *, out: str | None = None, mode: str = "corrected") -> list[dict]:
     """Grades old answers again and prints what changed: a transcripts.jsonl, a file of a published script, or a folder of
-    such. Our files are replaced unless `out` is given; a published file gets a folder of its name, in `out` or beside it.
+    such. Our files are replaced unless `out` is given; a published file gets a folder of its name, beside it or, with the
+    folders above it, in `out`.
     Raises ValueError naming the file, and FileNotFoundError."""
     given = Path(source)
     if not given.exists():
@@ -118,8 +119,9 @@ def rescore(source: str, *, out: str | None = None, mode: str = "corrected") -> 
     results = []
     for path in found:
         own = path.name == FILE
-        name = path.parent.relative_to(given) if own and given.is_dir() else path.stem
-        folder = path.parent if own and not out else Path(out or path.parent) / (name if given.is_dir() or not own else "")
+        place = path.relative_to(given) if given.is_dir() else Path(path.name)  # two folders may hold files of one name
+        place = place.parent if own else place.with_suffix("")
+        folder = Path(out) / place if out else path.parent / ("" if own else path.stem)
         results.append(rescore_file(path, folder / FILE, mode))
     return results
 

@@ -291,6 +291,10 @@ def test_a_folder_of_results_and_what_is_none(tmp_path):
     evals_file(tmp_path / "a")
     (tmp_path / "a" / "notes.json").write_text("{}")
     assert len(rescore(str(tmp_path), out=str(tmp_path / "out"))) == 1
+    twice = evals_file(tmp_path / "both" / "one"), evals_file(tmp_path / "both" / "two")  # of one name
+    assert len(rescore(str(tmp_path / "both"), out=str(tmp_path / "graded"))) == 2
+    for file in twice:
+        assert (tmp_path / "graded" / file.parent.name / file.stem / "transcripts.jsonl").is_file()
     with pytest.raises(FileNotFoundError, match="no transcripts.jsonl and no published result"):
         (tmp_path / "empty").mkdir()
         rescore(str(tmp_path / "empty"))
