@@ -41,7 +41,9 @@ from data.prompts import PROMPTS, build_prompt, read_template
 from data.rows import to_resized_frame, to_row
 from files import append_lines, json_lines, replace_file
 from rewards import MODES, extract_answer, extract_choice, extract_scene, is_valid_object
-from transcripts import FILE, begin, check_settings, judge, locked, read_transcripts, report, rescore, weights_hash
+from transcripts import (
+    FILE, begin, check_settings, judge, locked, read_answers, read_transcripts, report, rescore, weights_hash,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def main(cfg: Config) -> None:
         files = [Path(path) / FILE if Path(path).is_dir() else Path(path) for path in cfg.compare]
         if missing := [str(path) for path in files if not path.is_file()]:
             raise FileNotFoundError(f"--compare {missing[0]}: no such transcripts: give two evaluation folders")
-        print("\n".join(scores.comparison(scores.compare(*map(read_transcripts, files)))))
+        print("\n".join(scores.comparison(scores.compare(*map(read_answers, files)))))
     elif cfg.rescore:
         rescore(cfg.rescore, out=cfg.out, mode=cfg.mode)
     elif cfg.image:

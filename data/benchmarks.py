@@ -11,7 +11,6 @@ Questions come without their options, which prompts.py renders again in one form
 """
 import ast
 import base64
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from data.dataset import jsonl_records, numbered, one_line, parquet_records
 from data.options import asked, choice, unlettered
 from data.pictures import picture_size
 from data.rows import check_answer, picture_list, stvqa_row
+from files import read_json
 from rewards import LENGTH
 
 AS_FRAMES = "The pictures are frames of a video, in order.\n"  # said before the question
@@ -203,7 +203,8 @@ PERCEPTION = ("S2E", "S2O", "S2A", "E2O", "O2E", "T2E", "T2O", "T2A")
 def longvideobench(r: dict, n: int) -> dict:
     options = r.get("candidates") or [r[f"option{i}"] for i in range(5) if r.get(f"option{i}") not in (None, "N/A")]
     level = "perception" if r["question_category"] in PERCEPTION else "relation"
-    row = choice(r["question"], options, ascii_uppercase[int(r["correct_choice"])])
+    gold = dict(enumerate(ascii_uppercase)).get(int(r["correct_choice"]), f"number {r['correct_choice']}")
+    row = choice(r["question"], options, gold)
     return row | {"video": r.get("video_path") or f"{r['video_id']}.mp4", "category": r["question_category"], "own": r["id"],
                   "meta": {"level": level, "duration": r.get("duration_group")}}
 
@@ -394,7 +395,7 @@ def _has_configs(folder: Path) -> bool:
 
 def file_records(file: Path, folder: Path) -> Records:
     if file.suffix == ".json":
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if not isinstance(content, list):
             raise ValueError(f"{file}: a {type(content).__name__}, not a list of records")
         records = ((str(file), number, record) for number, record in enumerate(content, start=1))

@@ -223,6 +223,16 @@ def test_a_bad_record_is_named(tmp_path, change, named):
     assert "\n" not in str(error.value)
 
 
+def test_a_cut_file_and_a_gold_beyond_the_options_are_named(tmp_path):
+    (tmp_path / "spatialscore.json").write_text('[{"index": 1, "quest')
+    with pytest.raises(ValueError, match="spatialscore.json: not JSON, or cut off"):
+        load_benchmark("spatialscore", root=str(tmp_path))
+    record = FIXTURES["longvideobench"][0] | {"correct_choice": 77}
+    (tmp_path / "lvb_val.json").write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match="lvb_val.json, row 1: answer 'number 77' is none of"):
+        load_benchmark("longvideobench", root=str(tmp_path))
+
+
 def test_missing_places_say_what_to_do(tmp_path, monkeypatch):
     import datasets
 

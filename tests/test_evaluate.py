@@ -248,6 +248,25 @@ def test_a_spoilt_transcript_file_is_named_with_its_line(tmp_path, text, named):
         evaluate.read_transcripts(tmp_path / "transcripts.jsonl")
 
 
+@pytest.mark.parametrize("text, named", [
+    ("{}", "not what evaluate.py saves there: choose another --out"), ("[1]", "not what evaluate.py"),
+    ('{"settings": {"mod', "not JSON, or cut off"),
+])  # fmt: skip
+def test_a_spoilt_settings_file_is_named(tmp_path, text, named):
+    (tmp_path / "transcripts.jsonl").write_text('{"id": "a"}\n')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json: {named}"):
+        evaluate.main(replace(TINY, out=str(tmp_path)))
+
+
+def test_to_compare_a_line_without_a_verdict_is_named(unbroken, tmp_path):
+    lines = lines_of(unbroken)
+    del lines[2]["correct"], lines[2]["gold"]
+    (tmp_path / "transcripts.jsonl").write_bytes(files.json_lines(lines))
+    with pytest.raises(ValueError, match="transcripts.jsonl, line 3: no gold, correct: this is no transcript"):
+        evaluate.main(Config(compare=(str(unbroken), str(tmp_path))))
+
+
 def test_a_full_disk_leaves_whole_lines_and_the_same_command_goes_on(unbroken, model, tmp_path, monkeypatch):
     class Full:
         """A file that takes half of the second batch and no more."""

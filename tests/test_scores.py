@@ -306,6 +306,9 @@ def test_a_folder_of_results_and_what_is_none(tmp_path):
     wrong.write_text('[{"correct_answer": "A", "reasoning": "A"}]')
     with pytest.raises(ValueError, match="mathvista_model.json: not a list of answers to one of"):
         rescore(str(wrong), out=str(tmp_path / "b"))
+    (cut := tmp_path / "mmvp_cut.json").write_text('[{"prompt": "Whe')
+    with pytest.raises(ValueError, match="mmvp_cut.json: not JSON, or cut off"):
+        rescore(str(cut), out=str(tmp_path / "b"))
     (tmp_path / "a" / "mmvp_model.json").write_text('[{"correct_answer": "A", "reasoning": "A"}]')
     with pytest.raises(ValueError, match="mmvp_model.json, entry 1: KeyError: 'prompt'"):
         rescore(str(tmp_path / "a" / "mmvp_model.json"), out=str(tmp_path / "b"))
