@@ -1,7 +1,7 @@
 """Numbers of an evaluation from its transcripts alone: accuracies with standard errors, groups, samples, differences.
 
 A record is a line of transcripts.jsonl (see transcripts.py). A row asked k times has k records with one id; its value is
-their mean, and rows are what n and standard errors count.
+their mean, and rows are what n and standard errors count. Errors take rows as independent, see docs/evaluation.md.
 """
 
 import math
