@@ -185,7 +185,7 @@ def answer_batch(rollout, processor, cfg: "Config", rows: list[dict], seed: int,
 
 def ask_served(cfg: "Config", rows: list[dict], seed: int, have: set) -> Iterator[list[tuple]]:
     """A bundle an answer, as they come. Pictures go as they are: how a server resizes them is its own affair. After a
-    SIGTERM or Ctrl-C nothing more is asked, what is under way comes in, for it is paid for, and KeyboardInterrupt follows."""
+    SIGTERM or Ctrl-C nothing more is asked, what is under way and paid for comes in, and KeyboardInterrupt follows."""
     skipped, places, stop = [], {}, StopSignal()
 
     def requests() -> Iterator[providers.Request]:

@@ -177,8 +177,8 @@ SEEN = '<observe>a cat left of a dog</observe><scene>{"objects": [{"id": "cat.1"
 
 
 @pytest.mark.parametrize("text", [
-    f"{SEEN}<think>The cat is left of", "<think>Is it (A)? There are no 4 of them, yes", f"{SEEN}<think>I do not know.</think>",
-    SEEN, SEEN.removesuffix("</scene>"), "<observe>a cat left of a dog", f"{SEEN}<think>so it is A: 4, yes</think>\n </s>",
+    f"{SEEN}<think>The cat is left of", "<think>Is it (A)? There are no 4 of them, yes",
+    f"{SEEN}<think>I do not know.</think>", SEEN, SEEN.removesuffix("</scene>"), "<observe>a cat left of a dog", f"{SEEN}<think>so it is A: 4, yes</think>\n </s>",
     "<observe>a cat left of a dog<think>4", "the cat is left of the dog: A, 4, yes</think>",
 ])  # fmt: skip
 def test_a_response_cut_before_its_answer_has_none(text):
