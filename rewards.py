@@ -1034,8 +1034,10 @@ def _number_row(row: dict, text: str) -> tuple[bool | float, str | None]:
 def _length_row(row: dict, text: str) -> tuple[bool, str | None]:
     """A length with its unit (SpatialScore; seed_systems 3.9): less than twice gold and more than half of it, in any unit,
     in gold's own if it names none; zero for zero."""
-    given, want = read_length(_final(text), LENGTH.match(row["gold"])[2].lower()), read_length(row["gold"])
-    right = given is not None and (given == want or given * want > 0 and 0.5 < given / want < 2)
+    unit = named[2].lower() if (named := LENGTH.match(row["gold"])) else ""
+    given, want = read_length(_final(text), unit), read_length(row["gold"])
+    comparable = given is not None and want is not None
+    right = comparable and (given == want or given * want > 0 and 0.5 < given / want < 2)
     return right, None if given is None else f"{given:g} cm"
 
 

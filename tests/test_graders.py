@@ -122,6 +122,7 @@ def test_the_published_defects_that_ours_mends():
 def test_a_gold_that_is_no_number_pays_nothing_and_hides_no_answer():
     for kind in ("number", "regression", "mra"):
         assert R.grade(row(kind, "unknown"), "about 3") == {"correct": 0, "answer": "3"}
+    assert R.grade(row("length", "unknown"), "about 3 m") == {"correct": False, "answer": "300 cm"}
 
 
 @pytest.mark.parametrize("text, gold, score", [
