@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 import providers
-from command import check_shadowed_kernels
+from command import StopSignal, check_shadowed_kernels
 from data.benchmarks import AS_FRAMES
 from data.dataset import encode, sizes_or_error
 from data.pictures import BrokenPicture, decode_picture, open_picture
 from data.prompts import build_prompt
+from data.stvqa_calls import until_stopped
 from data.video import load_clip
 
 if TYPE_CHECKING:
@@ -90,12 +91,35 @@ def picture_digest(picture: Image.Image | bytes | str) -> str:
     return hashlib.sha256(picture).hexdigest()
 
 
+ABSENT = "absent"
+
+
+def files_state(row: dict) -> str | None:
+    """What the files of a row show, as a hash: of pictures their content, of a video its name, for that may be gigabytes.
+    ABSENT if one is not there, None if it has none."""
+    files = [file for file in (row.get("video"), *row["images"]) if isinstance(file, str)]
+    if not all(Path(file).exists() for file in files):
+        return ABSENT
+    content = [Path(file).name if file == row.get("video") else file_digest(file, *size_and_time(file)) for file in files]
+    return hashlib.sha256(" ".join(content).encode()).hexdigest()[:16] if files else None
+
+
+def size_and_time(file: str) -> tuple[int, int]:
+    found = Path(file).stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=2**16)  # the frames of a video stand in many rows
+def file_digest(file: str, size: int, time: int) -> str:
+    return picture_digest(file)
+
+
 def video_problem(row: dict) -> str | None:
     """Why a row's video cannot be shown: its file is not there. None for other rows."""
     video = row.get("video")
     if not video or isinstance(video, list) or Path(video).exists():
         return None
-    return f"row {row['id']}: video {video}: no such file; with --data-root give the folder that holds it"
+    return f"row {row['id']}: video {video}: no such file; with --data-root give the folder that holds it, or put it there"
 
 
 def with_frames(row: dict, frames: int) -> dict:
@@ -160,8 +184,9 @@ def answer_batch(rollout, processor, cfg: "Config", rows: list[dict], seed: int,
 
 
 def ask_served(cfg: "Config", rows: list[dict], seed: int, have: set) -> Iterator[list[tuple]]:
-    """A bundle an answer, as they come. Pictures go as they are: how a server resizes them is its own affair."""
-    skipped, places = [], {}
+    """A bundle an answer, as they come. Pictures go as they are: how a server resizes them is its own affair. After a
+    SIGTERM or Ctrl-C nothing more is asked, what is under way and paid for comes in, and KeyboardInterrupt follows."""
+    skipped, places, stop = [], {}, StopSignal()
 
     def requests() -> Iterator[providers.Request]:
         for n, row in enumerate(rows):
@@ -178,19 +203,27 @@ def ask_served(cfg: "Config", rows: list[dict], seed: int, have: set) -> Iterato
                                         temperature=cfg.temperature, seed=seed + n * cfg.k + sample)  # fmt: skip
 
     where = {"provider": cfg.provider, "model": cfg.model, "base_url": cfg.base_url}
-    for reply in providers.ask(requests(), **where, parallel=cfg.parallel, timeout=cfg.timeout):
-        if reply.error:
-            yield [(*places[reply.id], {"failed": reply.error})]
-            continue
-        yield [(*places[reply.id], {"text": reply.text, "finished": reply.finish != "length", "tokens": reply.tokens_out,
-                                    "tokens_in": reply.tokens_in})]  # fmt: skip
-    yield skipped
+    try:
+        asked = until_stopped(requests(), stop)
+        for reply in providers.ask(asked, **where, parallel=cfg.parallel, timeout=cfg.timeout):
+            place = places[reply.id]
+            if reply.error:
+                yield [(*place, {"failed": reply.error})]
+                continue
+            yield [(*place, {"text": reply.text, "finished": reply.finish != "length", "tokens": reply.tokens_out,
+                             "tokens_in": reply.tokens_in})]  # fmt: skip
+        yield skipped
+    finally:
+        stop.restore()
+    if stop.requested:
+        raise KeyboardInterrupt
 
 
 def sendable(picture, row_id: str):
     """The picture itself if every server shows it as it is stored, else as RGB. Raises BrokenPicture."""
     try:
         with open_picture(picture) as image:
+            image.load()  # a header alone may stand before nothing
             plain = image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1  # not to be turned
     except Exception:  # decode_picture names it; Pillow raises nearly anything on foreign bytes
         plain = False

@@ -32,16 +32,18 @@ import tyro
 from tyro.conf import arg
 
 import scores
-from answers import BATCH, SERVED, controlled, open_provider, swapped_pictures, video_problem
+from answers import ABSENT, BATCH, SERVED, controlled, files_state, open_provider, swapped_pictures, video_problem
 from command import Progress, one_line_errors
 from data.benchmarks import BENCHMARKS, chosen, listing, load_benchmark
 from data.dataset import load_rows
 from data.pictures import FACTOR, MAX_PIXELS, MIN_PIXELS, decode_picture, draw_boxes
 from data.prompts import PROMPTS, build_prompt, read_template
 from data.rows import to_resized_frame, to_row
-from files import append_lines, replace_file
+from files import append_lines, json_lines, replace_file
 from rewards import MODES, extract_answer, extract_choice, extract_scene, is_valid_object
-from transcripts import FILE, begin, check_settings, judge, locked, read_transcripts, report, rescore, weights_hash
+from transcripts import (
+    FILE, begin, check_settings, judge, locked, read_answers, read_transcripts, report, rescore, weights_hash,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def main(cfg: Config) -> None:
         files = [Path(path) / FILE if Path(path).is_dir() else Path(path) for path in cfg.compare]
         if missing := [str(path) for path in files if not path.is_file()]:
             raise FileNotFoundError(f"--compare {missing[0]}: no such transcripts: give two evaluation folders")
-        print("\n".join(scores.comparison(scores.compare(*map(read_transcripts, files)))))
+        print("\n".join(scores.comparison(scores.compare(*map(read_answers, files)))))
     elif cfg.rescore:
         rescore(cfg.rescore, out=cfg.out, mode=cfg.mode)
     elif cfg.image:
@@ -142,6 +144,10 @@ def check_config(cfg: Config) -> None:
         raise ValueError("--model is missing: give a checkpoint folder, a hub id, or random:tiny")
     if cfg.provider in SERVED and cfg.box_frame == "resized":
         raise ValueError(f"--box-frame resized with --provider {cfg.provider}: its resizing is not known here, leave it out")
+    if cfg.mode != "corrected" and not (cfg.rescore or cfg.compare or cfg.image):
+        if own := [name for name in chosen(cfg.dataset) if name not in BENCHMARKS]:
+            why = f"{own[0]} has no published rule, only the benchmarks of --list have one"
+            raise ValueError(f"--mode {cfg.mode}: {why}: leave it out")
     if cfg.image and not cfg.question:
         raise ValueError('--image needs --question "..."')
     if cfg.image and not Path(cfg.image).is_file():
@@ -204,7 +210,7 @@ def evaluate(cfg: Config, opened: Callable, others: list[str]) -> dict:
     cfg = with_worded_style(cfg, rows)
     path, settings = Path(cfg.out or default_out(cfg)) / FILE, identity(cfg, rows)
     check_settings(path, settings)  # before a model is loaded, and for nothing
-    done = answered(read_transcripts(path), cfg.k)
+    done = answered(still_valid(path, rows), cfg.k)
     answer = None if all(row["id"] in done for row in rows) else opened(cfg, rows, others)
     with locked(path):
         records = begin(path, settings, asdict(cfg), rows=len(rows))
@@ -233,6 +239,25 @@ def with_worded_style(cfg: Config, rows: list[dict]) -> Config:
         return cfg
     print(f"{cfg.dataset}: not every row has a prompt of its own, so style spatialthinker instead of row")
     return replace(cfg, style="spatialthinker")
+
+
+def still_valid(path: Path, rows: list[dict]) -> list[dict]:
+    """The records of a transcript file, after taking out those of rows that were skipped and whose files are there now, or
+    others: these are asked again. ValueError where the pictures of an answered row are others now."""
+    records, now, again = read_transcripts(path), {row["id"]: row for row in rows}, set()
+    for record in records:
+        state = files_state(now[record["id"]]) if "files" in record and record["id"] in now else ABSENT
+        if state in (ABSENT, record.get("files")):
+            continue
+        if "skipped" not in record:
+            cure = "put the old one back, or choose another --out"
+            raise ValueError(f"{path}: the picture of row {record['id']} is another than the one asked about: {cure}")
+        again.add(record["id"])
+    if again:
+        print(f"{path}: {len(again)} rows were skipped and have other files now, they are asked again")
+        with locked(path):  # not the lock of the run to come: that is on the file which is replaced here
+            replace_file(path, json_lines(record for record in read_transcripts(path) if record["id"] not in again))
+    return [record for record in records if record["id"] not in again]
 
 
 def answered(records: list[dict], k: int) -> set[str]:
@@ -293,6 +318,7 @@ def transcript(cfg: Config, row: dict, reply: dict, donor: dict | None, sample: 
     line |= {key: row[key] for key in ("category", "question", "options", "gold", "kind", "size", "scene")}
     line |= {"meta": row["meta"]} if cfg.dataset in BENCHMARKS else {}
     line["images"] = [picture for picture in row["images"] if isinstance(picture, str)]  # not the pictures themselves
+    line |= {"files": state} if (state := files_state(row)) else {}
     line |= {"picture_of": donor["id"]} if donor else {}
     if "skipped" in reply:
         return line | reply
@@ -312,11 +338,13 @@ def default_out(cfg: Config) -> str:
 
 def identity(cfg: Config, rows: list[dict]) -> dict:
     """The settings that decide the answers, with the contents of weights, rows and prompt text as hashes: a checkpoint
-    trained anew under its old name must not inherit the answers of the one before."""
+    trained anew under its old name must not inherit the answers of the one before. Of files only the names: what they
+    show stands in each line, for some may come later (still_valid)."""
     template = "" if cfg.style == "row" else PROMPTS.get(cfg.style) or read_template(cfg.style)
     keys = ("id", "question", "options", "gold", "kind", "size", "scene", "problem", "style", "map", "span", "fps")
     files = [[Path(one).name for one in (row.get("video"), *row["images"]) if isinstance(one, str)] for row in rows]
-    content = json.dumps([template, files, [[row.get(key) for key in keys] for row in rows]])
+    known = [row | {"size": None} if any(isinstance(one, str) for one in row["images"]) else row for row in rows]
+    content = json.dumps([template, files, [[row.get(key) for key in keys] for row in known]])
     others = ("out", "batch", "device", "rescore", "compare", "list", "image", "question", "options", "data_root",
               "parallel", "timeout", "price")  # fmt: skip
     return {

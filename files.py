@@ -65,6 +65,14 @@ def read_lines(path: str | Path) -> list[dict]:
     return records
 
 
+def read_json(path: Path):
+    """What a JSON file holds; ValueError naming it if that is none, or cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8 is one as well
+        raise ValueError(f"{path}: not JSON, or cut off ({error}): write it anew") from None
+
+
 def cut_torn_line(path: Path) -> bool:
     """Cuts off what stands after the last line break, a line that a crash broke off; True if there was any."""
     whole = path.read_bytes().rfind(b"\n") + 1

@@ -6,7 +6,8 @@
 Replies come as they arrive, at most `parallel` requests are under way, and requests are drawn from their iterator only
 when one is free, so pictures need not be in memory together. Time-outs, 429 (with Retry-After), 5xx, dropped
 connections and malformed replies are tried again with growing pauses; what still fails comes back as a Reply with
-`error`. What every request would meet (a refused key, an unknown model, no money left, a dead server) raises Refused.
+`error`. What every request would meet raises Refused: a refused key, an unknown model, no money left, or 20 failures in a
+row (a dead server, a setting that it does not take, a pause longer than we wait).
 
 Keys come from OPENAI_API_KEY and ANTHROPIC_API_KEY and stand in no reply, error or file. As in the clients themselves
 the key goes to whatever `base_url` names; a server on your own machine needs none.
@@ -39,7 +40,7 @@ PRICES = {"gpt-4o-2024-05-13": (5.0, 15.0), "claude-3-5-sonnet-20240620": (3.0, 
 PICTURE_LIMITS = {"openai": (20 * 2**20, 8000), "anthropic": (5 * 2**20, 8000)}
 RETRIED = (408, 409, 425, 429)  # and 5xx
 HOPELESS = (401, 402, 404)  # key, money, model or address: the next request would get the same
-DEAD_AFTER = 20  # requests in a row that failed at every attempt: the server is gone
+DEAD_AFTER = 20  # requests in a row that failed, whatever the reason: the next one will too
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +198,10 @@ async def ask_one(server: Server, request: Request) -> Reply:
             if status in HOPELESS or "insufficient_quota" in why or "credit balance" in why:
                 raise Refused(f"{server.provider}, model {server.model}: {why}") from None
             if status not in RETRIED and status < 500:
-                server.failed_in_a_row = 0  # it is there, it only dislikes this request
-                return Reply(request.id, attempts=attempt, error=why)
+                return failure(server, request, attempt, why)
             if asked := retry_after(error.response.headers):
                 if asked > server.max_wait:
-                    return Reply(request.id, attempts=attempt, error=f"asked to wait {asked:.0f} s: {why}")
+                    return failure(server, request, attempt, f"asked to wait {asked:.0f} s: {why}")
                 pause = max(pause, asked)
                 server.free_at = max(server.free_at, time.monotonic() + asked)
         except TimeoutError:
@@ -210,10 +210,16 @@ async def ask_one(server: Server, request: Request) -> Reply:
             why = one_line(error.__cause__ or error, server)
         if attempt < server.attempts:
             await asyncio.sleep(pause)
+    return failure(server, request, server.attempts, f"gave up after {server.attempts} attempts: {why}")
+
+
+def failure(server: Server, request: Request, attempts: int, why: str) -> Reply:
+    """The Reply of a request that failed. Raises Refused if so many did in a row: a setting that the server does not take,
+    a long pause or a dead server, which every request would meet."""
     server.failed_in_a_row += 1
     if server.failed_in_a_row >= DEAD_AFTER:
-        raise Refused(f"{server.provider}: {DEAD_AFTER} requests in a row failed at every attempt, the last: {why}")
-    return Reply(request.id, attempts=server.attempts, error=f"gave up after {server.attempts} attempts: {why}")
+        raise Refused(f"{server.provider}: {DEAD_AFTER} requests in a row failed, the last: {why}")
+    return Reply(request.id, attempts=attempts, error=why)
 
 
 def retry_after(headers) -> float | None:

@@ -815,6 +815,28 @@ def read_number(text: str) -> float | None:
     return (found[0] if found[0][0] == 0 else found[-1])[1] if found else None
 
 
+CENTIMETRES = {
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 100.0), **dict.fromkeys(("foot", "feet", "ft"), 30.48),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 1.0),
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), 0.1),
+    **dict.fromkeys(("km", "kilometer", "kilometers", "kilometre", "kilometres"), 1e5),
+    **dict.fromkeys(("in", "inch", "inches"), 2.54),
+}  # fmt: skip
+# A number with its unit; 'in' only where nothing follows ('two in the room').
+LENGTH = re.compile(rf"({NUMBER.pattern}|{NUMBER_WORD.pattern})[\s-]*(?!in\s+\w)({'|'.join(CENTIMETRES)})\b", re.I)
+
+
+def read_length(text: str, unit: str = "") -> float | None:
+    """The length a text states, in cm: what it begins with, else the last one; without any, its number in `unit`."""
+    text = text[-2000:].strip(EDGES.replace(".", ""))
+    if found := [*LENGTH.finditer(text)]:
+        said = found[0] if found[0].start() == 0 else found[-1]
+        number, unit = read_number(said[1]), said[2].lower()
+    else:
+        number = read_number(text)
+    return None if number is None or unit not in CENTIMETRES else number * CENTIMETRES[unit]
+
+
 def _split_letter(answer: str, form: re.Pattern = LETTER) -> tuple[str, str]:
     """'(b) Left.' -> ('B', 'Left.'); ('', all of it) where no letter stands in front."""
     m = form.match(answer)
@@ -840,14 +862,22 @@ def _is_right(response: str, given: str, gold: str, options: tuple[str, ...]) ->
     return grade_choice(response, list(options), gold) if options else _mend_answer(given, gold)
 
 
+# A description of the picture; one that is cut off ends where the next block begins, or with the text.
+DESCRIPTION = re.compile(r"<(observe|scene)>.*?(?:</\1>|(?=<(?:scene|think)>)|\Z)", re.DOTALL)
+
+
 def _final(text: str) -> str:
     """The part of a response that holds the answer: the last answer block (also when one of its tags is missing), else
-    what follows the reasoning; of that, what follows the last `Answer:` (5.4 no. 1)."""
+    what follows the reasoning, without the description of the picture; of that, what follows the last `Answer:` (5.4
+    no. 1). Nothing of a response that was cut before its answer: reasoning and description name options too."""
     start = text.rfind("<answer>")
     if start >= 0:
         text = text[start + 8 :].partition("</answer>")[0]
     elif "</answer>" in text:
         text = text[: text.rfind("</answer>")]
+    else:
+        text = DESCRIPTION.sub("", text.rpartition("</think>")[2])
+        text = "" if "<think>" in text else text
     after = text.rpartition("</think>")[2]
     text = (after if after.strip() else text).replace("<s>", "").replace("</s>", "")
     after = re.split("answer:", text, flags=re.IGNORECASE)[-1]
@@ -895,14 +925,25 @@ def _readings(span: str, options: tuple):
     yield _mentioned(flat, options)
 
 
+# After a letter: '(B)', 'possibly B', and after a comma a 'B' that is no word of a clause ('A, because', 'A, the cat').
+SECOND = re.compile(r"[(\[{]\s?([A-Za-z])\s?[)\]}]|(?:(?:and|or|possibly|perhaps|maybe)\W{1,3}){1,2}\(?([A-Z])(?![\w'])"
+                    r"|([A-Z])(?=\W{0,3}(?:\Z|[,.;:)\n]|(?:and|or)\b))")  # fmt: skip
+
+
 def _leading(text: str, options: tuple, *, form: re.Pattern = LETTER) -> set[str]:
     """The letters that the beginning of a text names, by letter or by an option's text. Two are a contradiction."""
-    by_text = _by_text(text[:400], options)
-    letter, rest = _split_letter(text[:400], form)
+    text = text[:400]
+    by_text = _by_text(text, options)
+    letter, rest = _split_letter(text, form)
     if not letter or ord(letter) - 65 >= (len(options) or 8):
         return by_text
     if other := re.match(r"(?:and|or|nor|/|&)\W{0,3}([A-Za-z])(?![A-Za-z])", rest):  # 'A and B'
         return {letter, other.group(1).upper()}
+    other = SECOND.match(rest)
+    if other and (other.lastindex < 3 or "," in text[: len(text) - len(rest)]) and plain(text) not in options:
+        second = other.group(other.lastindex).upper()
+        if second != letter and ord(second) - 65 < (len(options) or 8):
+            return {letter, second}
     if by_text and rest:  # 'C is closer' can be an option's own text
         return by_text
     beside = _by_text(rest, options)
@@ -990,6 +1031,16 @@ def _number_row(row: dict, text: str) -> tuple[bool | float, str | None]:
     return correct, None if number is None else f"{number:g}"
 
 
+def _length_row(row: dict, text: str) -> tuple[bool, str | None]:
+    """A length with its unit (SpatialScore; seed_systems 3.9): less than twice gold and more than half of it, in any unit,
+    in gold's own if it names none; zero for zero."""
+    unit = named[2].lower() if (named := LENGTH.match(row["gold"])) else ""
+    given, want = read_length(_final(text), unit), read_length(row["gold"])
+    comparable = given is not None and want is not None
+    right = comparable and (given == want or given * want > 0 and 0.5 < given / want < 2)
+    return right, None if given is None else f"{given:g} cm"
+
+
 def _yes_no_row(row: dict, text: str) -> tuple[bool, str | None]:
     said = re.search(r"\b(?:yes|no)\b", _final(text).lower())
     return said is not None and said.group() == plain(row["gold"]), said and said.group()
@@ -1034,7 +1085,7 @@ def _moves_accuracy(pred: dict[str, float], target: dict[str, float]) -> float:
 
 GRADERS = {
     "choice": _choice_row, "number": _number_row, "regression": _number_row, "text": _text_row, "ocr": _text_row,
-    "mra": _number_row, "yes_no": _yes_no_row, "view_change": _moves_row,
+    "mra": _number_row, "length": _length_row, "yes_no": _yes_no_row, "view_change": _moves_row,
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """Numbers of an evaluation from its transcripts alone: accuracies with standard errors, groups, samples, differences.
 
 A record is a line of transcripts.jsonl (see transcripts.py). A row asked k times has k records with one id; its value is
-their mean, and rows are what n and standard errors count.
+their mean, and rows are what n and standard errors count. Errors take rows as independent, see docs/evaluation.md.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 
 from data.benchmarks import BENCHMARKS, SPATIAL, Benchmark
 from providers import cost
+from rewards import plain
 
 NO_CUTS = Benchmark("", "", dict, None)  # a dataset outside the table: categories only
 
@@ -31,7 +31,7 @@ def scores(records: list[dict], *, mode: str = "corrected", price: tuple[float, 
         "by_category": by_group(answered, "category"),
         "by": {key: by_group(answered, key) for key in bench.by},
         "macro": macro_scores(answered, bench.macro) if bench.macro else None,
-        "together": {key: together(answered, key) for key in bench.together},
+        "together": {key: together(records, key) for key in bench.together},
         "samples": samples(answered),
         "scene": scene_scores(drawn),
         "usage": usage(answered, price),
@@ -99,30 +99,50 @@ def macro_scores(records: list[dict], keys: tuple[str, ...]) -> dict:
 
 
 def together(records: list[dict], key: str) -> dict:
-    """Of the groups: how many, and the share in which every row is right (MMVP's pairs, circular questions)."""
-    return with_error([min(row_values(part).values()) for part in groups(records, key).values()])
+    """Of the whole groups: how many, and the share in which every row is right (MMVP's pairs, circular questions), over
+    the samples. `incomplete` groups are left out: a row or a sample of them was skipped, failed or cut off by --limit."""
+    k = max((len(part) for part in by_row(records)), default=0)
+    values, incomplete = [], 0
+    for part in groups(records, key).values():
+        rows, size = by_row(part), part[0].get("meta", {}).get("rows_of", {}).get(key, 0)
+        if len(rows) >= size and all("skipped" not in row[0] and len(row) == k for row in rows):
+            values.append(mean(min(float(record["correct"]) for record in turn) for turn in zip(*rows)))
+        else:
+            incomplete += 1
+    return with_error(values) | {"incomplete": incomplete}
+
+
+def by_row(records: list[dict]) -> list[list[dict]]:
+    """The records of each row, its samples in order."""
+    rows: dict = {}
+    for record in sorted(records, key=lambda record: record.get("sample", 0)):
+        rows.setdefault(record["id"], []).append(record)
+    return list(rows.values())
 
 
 def samples(records: list[dict]) -> dict | None:
     """Of rows asked k times: mean, pass@k (any sample right) and majority (the answer that most samples give, ties
-    shared), each with its error; None if no row was asked twice."""
-    rows: dict = {}
-    for record in records:
-        rows.setdefault(record["id"], []).append(record)
-    k = max(map(len, rows.values()), default=0)
+    shared), each with its error; the last two of rows with all k samples. None if no row was asked twice."""
+    rows = by_row(records)
+    k = max(map(len, rows), default=0)
     if k < 2:
         return None
-    passed = [max(float(record["correct"]) for record in part) for part in rows.values()]
+    whole = [part for part in rows if len(part) == k]  # a served model may have failed at some samples
+    passed = [max(float(record["correct"]) for record in part) for part in whole]
     return {"k": k, "mean": accuracy(records), "pass": with_error(passed),
-            "majority": with_error([majority(part) for part in rows.values()])}  # fmt: skip
+            "majority": with_error([majority(part) for part in whole])}  # fmt: skip
 
 
 def majority(part: list[dict]) -> float:
-    """Correctness of the most frequent answer; the mean of those that tie; 0 if none could be read."""
-    counts = Counter(record["answer"] for record in part if record["answer"] is not None)
-    most = [answer for answer, count in counts.items() if count == max(counts.values())]
-    value = {record["answer"]: float(record["correct"]) for record in part}
-    return mean(value[answer] for answer in most) or 0.0
+    """Correctness of the most frequent answer; the mean of those that tie; 0 if none could be read. Texts count as the
+    grader compares them: "Left." and "the left" are one answer."""
+    values: dict[str, list[float]] = {}
+    for record in part:
+        if (answer := record["answer"]) is not None:
+            answer = plain(answer) if record["kind"] in ("text", "ocr") else answer
+            values.setdefault(answer, []).append(float(record["correct"]))
+    most = max(map(len, values.values()), default=0)
+    return mean(mean(found) for found in values.values() if len(found) == most) or 0.0
 
 
 def scene_scores(drawn: list[dict]) -> dict:
@@ -235,7 +255,9 @@ def table(result: dict) -> list[str]:
         lines += [line(f"{key}: {name or '-'}", part) for name, part in cut.items()]
     if result["macro"]:
         lines.append(f"{'mean of ' + ', of '.join(result['macro']['over']):39s} {number(result['macro'])}")
-    lines += [line(f"all right in each {key}", part) for key, part in result["together"].items()]
+    for key, part in result["together"].items():
+        told = f"   {part['incomplete']} incomplete, left out" if part["incomplete"] else ""
+        lines.append(line(f"all right in each {key}", part) + told)
     if several := result["samples"]:
         k = several["k"]
         lines += [line(f"mean of {k}", several["mean"]), line(f"pass@{k}", several["pass"]),

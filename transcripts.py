@@ -14,7 +14,7 @@ import scores
 from command import versions
 from data.benchmarks import BENCHMARKS, NUMERIC_SPAR, NUMERIC_VSI, spar_level
 from data.options import gold_letter, split_options
-from files import cut_torn_line, json_lines, read_lines, replace_file
+from files import cut_torn_line, json_lines, read_json, read_lines, replace_file
 from files import locked as locked_file
 from rewards import extract_scene, format_score, grade, scene_metrics
 
@@ -45,6 +45,20 @@ def read_transcripts(path: Path) -> list[dict]:
     return records
 
 
+def read_answers(path: Path) -> list[dict]:
+    """The transcripts, to compare; ValueError naming the line without a verdict."""
+    records = read_transcripts(path)
+    for number, record in enumerate(records, 1):
+        if "skipped" not in record:
+            check_keys(record, f"{path}, line {number}", ("category", "question", "gold", "correct"))
+    return records
+
+
+def check_keys(record: dict, place: str, needed: tuple[str, ...]) -> None:
+    if missing := [key for key in needed if key not in record]:
+        raise ValueError(f"{place}: no {', '.join(missing)}: this is no transcript of evaluate.py")
+
+
 locked = partial(locked_file, who="another evaluate.py")
 
 
@@ -55,7 +69,9 @@ def check_settings(path: Path, settings: dict) -> None:
         return
     if not saved_at.exists():
         raise ValueError(f"{path.parent} holds transcripts of unknown settings (no config.json): choose another --out")
-    old = json.loads(saved_at.read_text(encoding="utf-8"))["settings"]
+    saved = read_json(saved_at)
+    if not isinstance(saved, dict) or not isinstance(old := saved.get("settings"), dict):
+        raise ValueError(f"{saved_at}: not what evaluate.py saves there: choose another --out")
     changed = [f"{key} was {old.get(key)!r}, now {new!r}" for key, new in settings.items() if old.get(key) != new]
     if changed:
         told = f"{path.parent} holds answers of other settings ({'; '.join(changed)})"
@@ -88,12 +104,12 @@ def report(path: Path, records: list[dict], *, title: str, mode: str = "correcte
     """Writes scores.json beside the transcripts and prints the table; returns the scores."""
     config, saved_at = path.with_name("config.json"), path.with_name("scores.json")
     result = scores.scores(records, mode=mode, price=price)
-    made = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    made = read_json(config) if config.exists() else {}
     content = {**result, "evaluation": made, "graded_with": versions() | {"mode": mode}}
     replace_file(saved_at, json.dumps(content, indent=1).encode())
     print("\n".join(["", title, *scores.table(result), *(f"skipped: {row['why']}" for row in result["skipped"][:5])]))
     done = len({record["id"] for record in records})
-    if done < made.get("rows", 0):
+    if isinstance(made, dict) and done < made.get("rows", 0):  # of a published file's folder it may be anything
         print(f"unfinished: {done} of {made['rows']} rows; the command that began it goes on")
     print(f"{path}, {saved_at}")
     return result
@@ -104,7 +120,8 @@ def report(path: Path, records: list[dict], *, title: str, mode: str = "correcte
 
 def rescore(source: str, *, out: str | None = None, mode: str = "corrected") -> list[dict]:
     """Grades old answers again and prints what changed: a transcripts.jsonl, a file of a published script, or a folder of
-    such. Our files are replaced unless `out` is given; a published file gets a folder of its name, in `out` or beside it.
+    such. Our files are replaced unless `out` is given; a published file gets a folder of its name, beside it or, with the
+    folders above it, in `out`.
     Raises ValueError naming the file, and FileNotFoundError."""
     given = Path(source)
     if not given.exists():
@@ -118,8 +135,9 @@ def rescore(source: str, *, out: str | None = None, mode: str = "corrected") -> 
     results = []
     for path in found:
         own = path.name == FILE
-        name = path.parent.relative_to(given) if own and given.is_dir() else path.stem
-        folder = path.parent if own and not out else Path(out or path.parent) / (name if given.is_dir() or not own else "")
+        place = path.relative_to(given) if given.is_dir() else Path(path.name)  # two folders may hold files of one name
+        place = place.parent if own else place.with_suffix("")
+        folder = Path(out) / place if out else path.parent / ("" if own else path.stem)
         results.append(rescore_file(path, folder / FILE, mode))
     return results
 
@@ -158,9 +176,7 @@ def rescore_file(path: Path, target: Path, mode: str) -> dict:
 def graded_again(record: dict, place: str, mode: str) -> dict:
     if "skipped" in record:
         return record
-    needed = ("category", "options", "gold", "kind", "size", "scene", "text", "finished")
-    if missing := [key for key in needed if key not in record]:
-        raise ValueError(f"{place}: no {', '.join(missing)}: this is no transcript of evaluate.py")
+    check_keys(record, place, ("category", "options", "gold", "kind", "size", "scene", "text", "finished"))
     return record | judge(record, record["text"], mode)
 
 
@@ -176,7 +192,7 @@ def published_records(path: Path) -> list[dict]:
     if path.suffix == ".jsonl":
         items, names, convert = read_lines(path), SPACER_FILES, spacer_record
     else:
-        items, names, convert = json.loads(path.read_text(encoding="utf-8")), {n: n for n in BENCHMARKS}, evals_record
+        items, names, convert = read_json(path), {n: n for n in BENCHMARKS}, evals_record
     fitting = [name for name in names if re.match(rf"{re.escape(name)}(?![a-zA-Z0-9-])", path.name)]
     if not fitting or not isinstance(items, list):
         raise ValueError(f"{path}: not a list of answers to one of {', '.join(names)}, named after it")

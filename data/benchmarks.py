@@ -11,8 +11,8 @@ Questions come without their options, which prompts.py renders again in one form
 """
 import ast
 import base64
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from data.dataset import jsonl_records, numbered, one_line, parquet_records
 from data.options import asked, choice, unlettered
 from data.pictures import picture_size
 from data.rows import check_answer, picture_list, stvqa_row
+from files import read_json
+from rewards import LENGTH
 
 AS_FRAMES = "The pictures are frames of a video, in order.\n"  # said before the question
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -201,7 +203,8 @@ PERCEPTION = ("S2E", "S2O", "S2A", "E2O", "O2E", "T2E", "T2O", "T2A")
 def longvideobench(r: dict, n: int) -> dict:
     options = r.get("candidates") or [r[f"option{i}"] for i in range(5) if r.get(f"option{i}") not in (None, "N/A")]
     level = "perception" if r["question_category"] in PERCEPTION else "relation"
-    row = choice(r["question"], options, ascii_uppercase[int(r["correct_choice"])])
+    gold = dict(enumerate(ascii_uppercase)).get(int(r["correct_choice"]), f"number {r['correct_choice']}")
+    row = choice(r["question"], options, gold)
     return row | {"video": r.get("video_path") or f"{r['video_id']}.mp4", "category": r["question_category"], "own": r["id"],
                   "meta": {"level": level, "duration": r.get("duration_group")}}
 
@@ -209,7 +212,8 @@ def longvideobench(r: dict, n: int) -> dict:
 def spatialscore(r: dict, n: int) -> dict:
     paths, meta = r["img_paths"], {"source": r["source"], "form": r["question_type"], "task": r["subcategory"]}
     shown = {"video": paths[0]} if paths and paths[0].endswith((".mp4", ".avi", ".mkv")) else {"images": paths}
-    row = asked(r["question"], r["answer"], number="mra")
+    row = asked(r["question"], r["answer"], number="mra" if r["source"].startswith("VSI") else "number")
+    row |= {"kind": "length"} if row["kind"] == "text" and LENGTH.fullmatch(row["gold"]) else {}
     return row | shown | {"category": r["category"], "own": r["index"], "meta": meta}
 
 
@@ -307,7 +311,7 @@ def load_benchmark(name: str, *, root: str | None = None, limit: int | None = No
     has its path under `video`. Raises ValueError naming file, row and cure, FileNotFoundError."""
     bench, rows = BENCHMARKS[name], []
     for place, record, bases in bench_records(name, bench, Path(root).expanduser() if root else None):
-        if limit is not None and len(rows) >= limit:
+        if limit is not None and len(rows) >= limit and not bench.together:  # groups are counted over all rows
             break
         try:
             rows.append(bench_row(name, bench, record, len(rows), bases, frames))
@@ -317,7 +321,10 @@ def load_benchmark(name: str, *, root: str | None = None, limit: int | None = No
             raise ValueError(f"{place}: {one_line(error)}") from None
     if not rows:
         raise ValueError(f"{name}: no rows in {root or bench.hub}")
-    return rows
+    sizes = Counter((key, row["meta"][key]) for row in rows for key in bench.together)
+    for row in rows if bench.together else ():  # in every transcript: a group of which one is missing is no whole group
+        row["meta"]["rows_of"] = {key: sizes[key, row["meta"][key]] for key in bench.together}
+    return rows[:limit]
 
 
 def bench_row(name: str, bench: Benchmark, record: dict, number: int, bases: list[Path], frames: int) -> dict:
@@ -388,7 +395,7 @@ def _has_configs(folder: Path) -> bool:
 
 def file_records(file: Path, folder: Path) -> Records:
     if file.suffix == ".json":
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if not isinstance(content, list):
             raise ValueError(f"{file}: a {type(content).__name__}, not a list of records")
         records = ((str(file), number, record) for number, record in enumerate(content, start=1))

@@ -15,9 +15,9 @@ from PIL import Image
 from data.pictures import frame_size, picture_size
 from data.prompts import build_prompt, question_text
 from data.spacer_rows import SPACER_REQUIRED, spacer_row
-from rewards import extract_answer, extract_scene, extract_size, read_number, solution_text
+from rewards import LENGTH, extract_answer, extract_scene, extract_size, read_number, solution_text
 
-KINDS = ("choice", "number", "ocr", "text", "regression", "mra", "yes_no", "view_change")
+KINDS = ("choice", "number", "ocr", "text", "regression", "mra", "length", "yes_no", "view_change")
 STVQA_REQUIRED = ("images", "question_only", "options", "answer_only", "answer_option_text")
 ROW_REQUIRED = ("images", "question", "gold")
 FORMATS = {"own": ROW_REQUIRED, "STVQA-7K": STVQA_REQUIRED, "SpaceR-151k": SPACER_REQUIRED}
@@ -149,6 +149,8 @@ def check_answer(row: dict) -> None:
         raise ValueError(f"kind {row['kind']!r} is unknown: use one of {', '.join(KINDS)}")
     if not isinstance(gold, str) or not gold.strip():
         raise ValueError(f"gold is {str(gold)[:60]!r}: write a text, the letter 'B' for a choice")
+    if row["kind"] == "length" and not LENGTH.fullmatch(gold):
+        raise ValueError(f"gold {gold!r} is no length: write a number with its unit, '1.72 m'")
     if row["kind"] != "choice":
         return
     if not 2 <= len(options) <= len(ascii_uppercase):

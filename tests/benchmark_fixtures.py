@@ -231,6 +231,11 @@ FIXTURES: dict = {
         {"index": 4, "category": "3D", "subcategory": "Distance", "question_type": "open-ended", "source": "VSI-Bench",
          "input_modality": "video", "question": "How far is it in metres?", "answer": 2.4,
          "img_paths": ["./dataset/VSI/scene.mp4"], "index_origin": 9, "category_origin": "object_abs_distance"},
+        *({"index": 5 + n, "category": "3D", "subcategory": "Depth", "question_type": "open-ended", "source": source,
+           "input_modality": "single-image", "question": question, "answer": answer, "img_paths": ["./dataset/VG/3.png"],
+           "index_origin": n, "category_origin": ""} for n, (source, question, answer) in enumerate((
+              ("VGBench", "How deep is the cup, in meters?", "1.72 meters"), ("RealWorldQA", "How many cars are there?", "3"))
+        )),
     ],
     "viewspatial": {"default": [
         {"question_type": "Camera perspective - Relative Direction", "images": [pic(n)], "question": "Where is the counter?",

@@ -124,7 +124,7 @@ def test_what_single_entries_make_of_their_records(rows_of):
     assert rows_of("tempcompass")[3]["meta"] | {} == {"aspect": "order", "format": "caption_matching", "rule": "tempcompass",
                                                       "raw_gold": "Caption B: First a bowl, then a cup."}  # fmt: skip
     assert of("longvideobench", 0)[:3] == ("choice", "B", ["a clock", "a map", "a mirror"])
-    assert [row["kind"] for row in rows_of("spatialscore")] == ["choice", "yes_no", "mra"]
+    assert [row["kind"] for row in rows_of("spatialscore")] == ["choice", "yes_no", "mra", "length", "number"]
     assert rows_of("stvqa")[0]["scene"]["objects"][0]["id"] == "cup.1"
     dsr = rows_of("3dsrbench-circular")
     assert [row["meta"]["circular"] for row in dsr[:4]] == ["AAAAAAAA", "AAAAAAAA", "AAAAAAAA-flip", "AAAAAAAA-flip"]
@@ -163,6 +163,14 @@ def test_a_table_of_jsonl_or_parquet_and_limit(tmp_path, rows_of):
         rows = load_benchmark("spatialbench", root=str(root))
         assert [row["images"] for row in rows] == [[str(tmp_path / "a.png")]] * 2 and rows[0]["size"] == (40, 30)
     assert len(load_benchmark("spatialbench", root=str(file), limit=1)) == 1
+
+
+def test_a_row_knows_its_groups_though_limit_cuts_them(clones, rows_of):
+    for name, key in (("mmvp", "pair"), ("hallusionbench", "figure"), ("3dsrbench-circular", "both")):
+        [row], rows = load_benchmark(name, root=str(clones), limit=1), rows_of(name)
+        whole = [other["meta"][key] for other in rows].count(row["meta"][key])
+        assert row["meta"]["rows_of"][key] == whole and row == rows[0]
+        assert name != "mmvp" or whole == 2
 
 
 def test_hub_tables_without_a_readme_and_the_authors_own_files(tmp_path):
@@ -213,6 +221,16 @@ def test_a_bad_record_is_named(tmp_path, change, named):
     with pytest.raises(ValueError, match=re.escape(f"rows.jsonl, {named}")) as error:
         load_benchmark("3dsrbench", root=str(tmp_path / "rows.jsonl"))
     assert "\n" not in str(error.value)
+
+
+def test_a_cut_file_and_a_gold_beyond_the_options_are_named(tmp_path):
+    (tmp_path / "spatialscore.json").write_text('[{"index": 1, "quest')
+    with pytest.raises(ValueError, match="spatialscore.json: not JSON, or cut off"):
+        load_benchmark("spatialscore", root=str(tmp_path))
+    record = FIXTURES["longvideobench"][0] | {"correct_choice": 77}
+    (tmp_path / "lvb_val.json").write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match="lvb_val.json, row 1: answer 'number 77' is none of"):
+        load_benchmark("longvideobench", root=str(tmp_path))
 
 
 def test_missing_places_say_what_to_do(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, needs_vllm, new_policy
 from PIL import Image
+from video_fixtures import film
 
 import evaluate
 import files
@@ -170,6 +171,43 @@ def test_rows_edited_under_their_old_name_are_refused(tmp_path, monkeypatch):
         evaluate.main(cfg)
 
 
+def test_another_picture_under_the_old_name_is_refused(tmp_path, monkeypatch):
+    saying(monkeypatch, lambda row: "A")
+    rows = [choice(i, picture(tmp_path / f"{i}.png", "red")) for i in range(2)]
+    cfg = replace(TINY, dataset=str(write_rows(tmp_path / "rows.jsonl", rows)), limit=None, out=str(tmp_path / "out"))
+    evaluate.main(cfg)
+    red = (tmp_path / "1.png").read_bytes()
+    picture(tmp_path / "1.png", "blue")
+    with pytest.raises(ValueError, match="the picture of row r1 is another than the one asked about: put the old one back"):
+        evaluate.main(cfg)
+    (tmp_path / "1.png").write_bytes(red)
+    evaluate.main(cfg)
+    (tmp_path / "1.png").unlink()  # nothing is asked of it any more
+    evaluate.main(cfg)
+
+
+def test_skipped_rows_are_asked_again_once_their_files_are_there(tmp_path, monkeypatch, capsys):
+    """A video and a picture that were missing, and a torn picture."""
+    good, late, torn = (tmp_path / f"{name}.png" for name in ("good", "late", "torn"))
+    data = picture(good, "red").read_bytes()
+    torn.write_bytes(data[:60])
+    rows = [choice(0, good), choice(1, late), choice(2, torn), choice(3, good, images=[], video="late.mp4")]
+    cfg = replace(TINY, dataset=str(write_rows(tmp_path / "rows.jsonl", rows)), limit=None, out=str(tmp_path / "out"))
+    evaluate.main(cfg)
+    assert [line["id"] for line in lines_of(tmp_path / "out") if "skipped" in line] == ["r1", "r2", "r3"]
+    late.write_bytes(data)
+    film(tmp_path / "late.mp4")
+    evaluate.main(cfg)
+    assert "2 rows were skipped and have other files now" in capsys.readouterr().out
+    assert [line["id"] for line in lines_of(tmp_path / "out") if "skipped" in line] == ["r2"]
+    torn.write_bytes(data)
+    evaluate.main(cfg)
+    lines = lines_of(tmp_path / "out")
+    assert sorted(line["id"] for line in lines) == ["r0", "r1", "r2", "r3"] and all("text" in line for line in lines)
+    monkeypatch.setattr(evaluate, "open_provider", lambda *_: pytest.fail("all is answered"))
+    evaluate.main(cfg)
+
+
 def test_weights_trained_anew_under_the_old_name_count_as_another_model(tmp_path, monkeypatch):
     saying(monkeypatch, lambda row: "A")
     (tmp_path / "step_5").mkdir()
@@ -208,6 +246,25 @@ def test_a_spoilt_transcript_file_is_named_with_its_line(tmp_path, text, named):
     (tmp_path / "transcripts.jsonl").write_bytes(text)
     with pytest.raises(ValueError, match=named):
         evaluate.read_transcripts(tmp_path / "transcripts.jsonl")
+
+
+@pytest.mark.parametrize("text, named", [
+    ("{}", "not what evaluate.py saves there: choose another --out"), ("[1]", "not what evaluate.py"),
+    ('{"settings": {"mod', "not JSON, or cut off"),
+])  # fmt: skip
+def test_a_spoilt_settings_file_is_named(tmp_path, text, named):
+    (tmp_path / "transcripts.jsonl").write_text('{"id": "a"}\n')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json: {named}"):
+        evaluate.main(replace(TINY, out=str(tmp_path)))
+
+
+def test_to_compare_a_line_without_a_verdict_is_named(unbroken, tmp_path):
+    lines = lines_of(unbroken)
+    del lines[2]["correct"], lines[2]["gold"]
+    (tmp_path / "transcripts.jsonl").write_bytes(files.json_lines(lines))
+    with pytest.raises(ValueError, match="transcripts.jsonl, line 3: no gold, correct: this is no transcript"):
+        evaluate.main(Config(compare=(str(unbroken), str(tmp_path))))
 
 
 def test_a_full_disk_leaves_whole_lines_and_the_same_command_goes_on(unbroken, model, tmp_path, monkeypatch):
@@ -627,6 +684,7 @@ def test_boxes_of_a_resized_frame_land_on_the_original_picture():
     (dict(provider="carrier-pigeon"), "--provider carrier-pigeon: unknown"),
     (dict(control="deaf"), "--control deaf: unknown, choose none, blind or swapped"),
     (dict(style="haiku"), "'haiku' is unknown"),
+    (dict(mode="upstream"), "--mode upstream: scenes:easy@val has no published rule, only the benchmarks"),
     (dict(dtype="int4"), "--dtype int4"),
     (dict(limit=0), "--limit 0: give 1 or more"),
     (dict(max_tokens=0), "--max-tokens 0: give 1 or more"),

@@ -128,8 +128,11 @@ def test_what_fails_is_listed_and_asked_again_alone(server, rows, tmp_path, caps
     assert len(lines_of(cfg.out)) == 24 and json.loads((tmp_path / "out" / "failed.json").read_text()) == {}
 
 
-def test_a_broken_picture_is_skipped_for_good(server, rows, tmp_path):
-    (tmp_path / "p0.png").write_bytes(b"torn")
+@pytest.mark.parametrize("torn", ["foreign", "cut after its header"])
+def test_a_broken_picture_is_skipped_for_good(server, rows, tmp_path, torn):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "p0.png").write_bytes(b"torn" if torn == "foreign" else data[: len(data) // 2])
     cfg = served(server, dataset=str(rows), out=str(tmp_path / "out"))
     evaluate.main(cfg)
     result = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -172,6 +175,27 @@ def test_a_served_model_answers_one_picture(server, rows, tmp_path, capsys):
     server.plan = {build_prompt({"question": "Why?", "options": [], "style": None, "id": "x"}, "short"): [status(400, "no")]}
     with pytest.raises(ValueError, match="400"):
         evaluate.main(served(server, image=about["image"], question="Why?", out=str(tmp_path / "two")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_by_signal_keeps_every_answer_that_was_asked_for(server, rows, tmp_path, number):
+    class Stopping(Answering):
+        pause = 0.2
+
+        def reply(self, *args, **options):
+            with self.server.lock:
+                if len(self.server.seen) >= 6 and not stops:
+                    stops.append(os.kill(os.getpid(), number))
+            return super().reply(*args, **options)
+
+    stops, server.RequestHandlerClass, before = [], Stopping, signal.getsignal(number)
+    cfg = served(server, dataset=str(rows), out=str(tmp_path / "out"), parallel=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(cfg)
+    assert signal.getsignal(number) is before
+    assert 6 <= len(lines_of(cfg.out)) == len(server.seen) < 14
+    evaluate.main(cfg)
+    assert len(lines_of(cfg.out)) == len(server.seen) == 24
 
 
 @pytest.mark.slow

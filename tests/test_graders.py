@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rewards as R
+from data.rows import check_answer
 
 VECTORS = Path(__file__).parent / "vectors"
 SPACER = [json.loads(line) for line in (VECTORS / "spacer.jsonl").read_text().splitlines()]
@@ -121,6 +122,7 @@ def test_the_published_defects_that_ours_mends():
 def test_a_gold_that_is_no_number_pays_nothing_and_hides_no_answer():
     for kind in ("number", "regression", "mra"):
         assert R.grade(row(kind, "unknown"), "about 3") == {"correct": 0, "answer": "3"}
+    assert R.grade(row("length", "unknown"), "about 3 m") == {"correct": False, "answer": "300 cm"}
 
 
 @pytest.mark.parametrize("text, gold, score", [
@@ -131,6 +133,25 @@ def test_mean_relative_accuracy_of_texts(text, gold, score):
     verdict = R.grade(row("mra", gold), text)
     assert verdict["correct"] == pytest.approx(score)
     assert (verdict["answer"] is None) == (not any(c.isdigit() for c in text) and text != "three" or len(text) > 400)
+
+
+@pytest.mark.parametrize("text, right", [
+    *((text, True) for text in (
+        "1.72 meters", "1.72 m", "1.72", "<answer>about 1.7 metres</answer>", "172 cm", "172cm", "1,720 mm", "0.00172 km",
+        "5.64 ft", "68 in", "68 inches.", "two meters", "6 feet", "1.72-meter", "1.72 m (5.6 feet)", "3.43 m", "0.87",
+        "The box is 9 m wide; its depth is 2 m", "There are 3 in the room, 150 cm away",
+    )),
+    *((text, False) for text in ("3.44 m", "0.86 m", "172", "two feet", "-1.72 m", "0 m", "none", "", "1.72 km", "9" * 400)),
+])  # fmt: skip
+def test_lengths_in_any_unit_within_a_factor_of_two(text, right):
+    verdict = R.grade(row("length", "1.72 meters"), text)
+    assert verdict["correct"] is right and (verdict["answer"] is None) == (text in ("none", "", "9" * 400))
+    assert R.grade(row("length", "0 m"), text)["correct"] is (text == "0 m")
+
+
+def test_a_length_whose_gold_has_no_unit_is_refused():
+    with pytest.raises(ValueError, match="gold '1.72' is no length: write a number with its unit"):
+        check_answer(row("length", "1.72") | {"question": "How deep?"})
 
 
 @pytest.mark.parametrize("text, score, parsed", [
@@ -151,6 +172,29 @@ def test_camera_moves(text, score, parsed):
 ])  # fmt: skip
 def test_yes_no(text, right, answer):
     assert R.grade(row("yes_no", "yes"), text) == {"correct": right, "answer": answer}
+
+
+SEEN = '<observe>a cat left of a dog</observe><scene>{"objects": [{"id": "cat.1", "bbox": [1, 2, 3, 4]}]}</scene>'
+
+
+@pytest.mark.parametrize("text", [
+    f"{SEEN}<think>The cat is left of", "<think>Is it (A)? There are no 4 of them, yes",
+    f"{SEEN}<think>I do not know.</think>", SEEN, SEEN.removesuffix("</scene>"), "<observe>a cat left of a dog", f"{SEEN}<think>so it is A: 4, yes</think>\n </s>",
+    "<observe>a cat left of a dog<think>4", "the cat is left of the dog: A, 4, yes</think>",
+])  # fmt: skip
+def test_a_response_cut_before_its_answer_has_none(text):
+    assert R.grade(row("choice", "A", options=["left of", "right of"]), text)["answer"] is None
+    for kind, gold in (("number", "4"), ("mra", "4"), ("regression", "4"), ("yes_no", "no"), ("text", "left of")):
+        assert R.grade(row(kind, gold), text) == {"correct": 0, "answer": None}
+
+
+@pytest.mark.parametrize("text", [
+    "The answer is A", "left of", "It is left of the dog.", f"{SEEN}The answer is A", "<think>(B)?</think>(A) left of",
+    f"{SEEN}<think>(B)?</think> Answer: A", "<think>or (B)?<answer>A", "<think>or (B)?</think> A</answer>",
+    f"The answer is A. {SEEN}", "<answer>A</answer><think>or",
+])  # fmt: skip
+def test_an_answer_without_tags_is_read_beside_the_blocks(text):
+    assert R.grade(row("choice", "A", options=["left of", "right of"]), text) == {"correct": True, "answer": "A"}
 
 
 @pytest.mark.parametrize("text, number", [

@@ -101,12 +101,29 @@ def test_what_every_request_would_meet_ends_the_run_in_one_line(serving, provide
     assert len(server.seen) <= 4 and "\n" not in str(error.value) and KEY not in str(error.value)
 
 
+@pytest.mark.parametrize("step, named", [
+    (status(400, "Unsupported value: temperature"), "Unsupported value"), (status(403, "not allowed"), "not allowed"),
+    (status(429, headers=[("Retry-After", "90")]), "asked to wait 90 s"),
+])  # fmt: skip
+def test_twenty_failures_in_a_row_end_the_run_and_fewer_do_not(serving, provider, step, named):
+    plan = {f"q{i}": [step] * 3 for i in range(300) if not 0 < i < 60 or i % 15}  # of the first 60 every 15th is answered
+    server = serving(plan)
+    replies = []
+    url = server.url + ("/v1" if provider == "openai" else "")
+    with pytest.raises(Refused, match=f"20 requests in a row failed, the last: .*{named}") as error:
+        for reply in ask((Request(f"q{i}", f"q{i}") for i in range(300)), provider=provider, model="m", base_url=url,
+                         parallel=1, max_wait=0.2):  # fmt: skip
+            replies.append(reply)
+    assert "\n" not in str(error.value) and sum(reply.error is None for reply in replies) == 3
+    assert len(replies) == 46 + 19 and len(server.seen) == 46 + 20
+
+
 def test_a_dead_server_ends_the_run(provider, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         drawn = []
         requests = (drawn.append(i) or Request(f"{i}", "q") for i in range(10_000))
-        with pytest.raises(Refused, match="20 requests in a row failed at every attempt"):
+        with pytest.raises(Refused, match="20 requests in a row failed, the last: gave up after 2 attempts"):
             for reply in ask(requests, provider=provider, model="m", attempts=2, max_wait=0.01,
                              base_url=f"http://127.0.0.1:{taken.getsockname()[1]}"):  # fmt: skip
                 assert reply.error

@@ -46,10 +46,23 @@ def test_samples_of_a_row_are_one_row():
     assert scores.scores([record("a", 1)])["samples"] is None
 
 
+def test_rows_without_all_samples_are_in_the_mean_alone():
+    records = [record("a", n == 3, sample=n) for n in range(4)] + [record("b", 0, sample=0)]
+    found = scores.samples(records)
+    assert found["pass"] == {"n": 1, "accuracy": 1.0, "se": 0.0} and found["majority"]["n"] == 1
+    assert found["mean"]["n"] == 2 and found["mean"]["accuracy"] == 0.125
+
+
 def test_a_tie_of_the_majority_is_shared():
     assert scores.majority([record("a", 1, answer="A"), record("a", 0, answer="B")]) == 0.5
     assert scores.majority([record("a", 1, answer="A"), record("a", 0, answer="B"), record("a", 0, answer="B")]) == 0.0
     assert scores.majority([record("a", 0, answer=None)]) == 0.0
+
+
+def test_the_majority_of_texts_is_counted_as_they_are_compared():
+    part = [record("a", 1, kind="text", answer=text) for text in ("left", "Left", "left.", "the left")]
+    part += [record("a", 0, kind="text", answer="right")] * 2
+    assert scores.majority(part) == 1.0
 
 
 def test_macro_weighs_groups_alike_and_carries_their_errors():
@@ -74,6 +87,27 @@ def test_pairs_and_circles_must_be_right_together():
     assert result["accuracy"] == 0.5 and result["together"]["pair"]["n"] == 3
     assert result["together"]["pair"]["accuracy"] == pytest.approx(1 / 3)
     assert "all right in each pair" in "\n".join(scores.table(result))
+
+
+def test_rows_are_right_together_in_a_sample_not_on_average():
+    """Each row of the pair is right in one of two samples, but never in the same one; the other pair in both."""
+    plan = {"0": (1, 0), "1": (0, 1), "2": (1, 1), "3": (1, 1)}
+    records = [record(key, value, dataset="mmvp", sample=n, meta={"pair": int(key) // 2})
+               for key, values in plan.items() for n, value in enumerate(values)]  # fmt: skip
+    for order in (records, records[::-1]):  # served answers come in any order
+        assert scores.scores(order)["together"]["pair"] | {"se": 0} == {"n": 2, "accuracy": 0.5, "se": 0, "incomplete": 0}
+
+
+def test_a_group_that_is_not_whole_is_left_out_and_counted():
+    """Pair 0 is whole, of pair 1 a row was skipped, of pair 2 one is not there (failed, or beyond --limit)."""
+    meta = [{"pair": n // 2, "rows_of": {"pair": 2}} for n in range(5)]
+    records = [record(str(n), 1, dataset="mmvp", meta=meta[n]) for n in (0, 1, 2, 4)]
+    records.append({"id": "3", "dataset": "mmvp", "category": "c", "meta": meta[3], "skipped": "torn"})
+    result = scores.scores(records)
+    assert result["together"]["pair"] == {"n": 1, "accuracy": 1.0, "se": 0.0, "incomplete": 2}
+    assert "2 incomplete, left out" in "\n".join(scores.table(result))
+    sampled = [record(str(row), 1, dataset="mmvp", sample=n, meta=meta[row]) for row in (0, 1) for n in range(2)]
+    assert scores.scores(sampled[:-1])["together"]["pair"]["incomplete"] == 1, "a sample of it failed"
 
 
 def test_shares_of_an_empty_and_a_skipped_file():
@@ -257,6 +291,10 @@ def test_a_folder_of_results_and_what_is_none(tmp_path):
     evals_file(tmp_path / "a")
     (tmp_path / "a" / "notes.json").write_text("{}")
     assert len(rescore(str(tmp_path), out=str(tmp_path / "out"))) == 1
+    twice = evals_file(tmp_path / "both" / "one"), evals_file(tmp_path / "both" / "two")  # of one name
+    assert len(rescore(str(tmp_path / "both"), out=str(tmp_path / "graded"))) == 2
+    for file in twice:
+        assert (tmp_path / "graded" / file.parent.name / file.stem / "transcripts.jsonl").is_file()
     with pytest.raises(FileNotFoundError, match="no transcripts.jsonl and no published result"):
         (tmp_path / "empty").mkdir()
         rescore(str(tmp_path / "empty"))
@@ -268,6 +306,9 @@ def test_a_folder_of_results_and_what_is_none(tmp_path):
     wrong.write_text('[{"correct_answer": "A", "reasoning": "A"}]')
     with pytest.raises(ValueError, match="mathvista_model.json: not a list of answers to one of"):
         rescore(str(wrong), out=str(tmp_path / "b"))
+    (cut := tmp_path / "mmvp_cut.json").write_text('[{"prompt": "Whe')
+    with pytest.raises(ValueError, match="mmvp_cut.json: not JSON, or cut off"):
+        rescore(str(cut), out=str(tmp_path / "b"))
     (tmp_path / "a" / "mmvp_model.json").write_text('[{"correct_answer": "A", "reasoning": "A"}]')
     with pytest.raises(ValueError, match="mmvp_model.json, entry 1: KeyError: 'prompt'"):
         rescore(str(tmp_path / "a" / "mmvp_model.json"), out=str(tmp_path / "b"))
