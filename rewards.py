@@ -1,4 +1,5 @@
-"""Rewards and graders: text in, numbers out. Copy this file into another project and it runs (numpy, scipy).
+"""Rewards and graders: text in, numbers out. Copy this file into another project and it runs (numpy, scipy; rouge-score for
+SpaceR's free-form answers, spaCy for the similarity of that name).
 
     Parsing           extract_answer, extract_scene, extract_size, solution_text: the tagged blocks of a text
     Scene graphs      is_valid_scene, format_score, count_score
