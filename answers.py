@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 
 import providers
-from command import StopSignal, check_shadowed_kernels
+from command import StopSignal, check_shadowed_kernels, until_stopped
 from data.benchmarks import AS_FRAMES
 from data.dataset import encode, sizes_or_error
 from data.pictures import BrokenPicture, decode_picture, open_picture
 from data.prompts import build_prompt
-from data.stvqa_calls import until_stopped
 from data.video import load_clip
 
 if TYPE_CHECKING:

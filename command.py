@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +72,14 @@ class StopSignal:
         """Puts back the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def until_stopped(items: Iterable, stop: StopSignal) -> Iterator:
+    """The items, none after the signal: what was handed out before may still be under way."""
+    for item in items:
+        if stop.requested:
+            return
+        yield item
 
 
 class Progress:

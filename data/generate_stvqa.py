@@ -28,11 +28,11 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from command import StopSignal, one_line_errors
+from command import StopSignal, one_line_errors, until_stopped
 from data.pictures import open_picture, to_rgb
 from data.rows import write_stvqa
 from data.scene_graphs import Graph, read_graphs
-from data.stvqa_calls import LOCAL, Caller, collect, estimate, picture_tokens, ticker, until_stopped
+from data.stvqa_calls import LOCAL, Caller, collect, estimate, picture_tokens, ticker
 from data.stvqa_folder import appending, file_of, needed, record_at, records_of, replacing, settings_of
 from data.stvqa_items import Balance, checked, read_items, read_letter, vote
 from data.stvqa_page import statistics, table, view_page

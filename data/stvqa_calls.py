@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import providers
-from command import StopSignal, check_shadowed_kernels
+from command import check_shadowed_kernels
 from data.dataset import encode
 from data.stvqa_items import hash_seed
 from files import append_lines
@@ -110,13 +110,6 @@ def collect(caller: Caller, path: Path, requests: Iterator[Request], line: Calla
 
 def spent(reply: Reply) -> dict:
     return {"error": reply.error} if reply.error else {"tokens": [reply.tokens_in, reply.tokens_out]}
-
-
-def until_stopped(requests: Iterator, stop: StopSignal) -> Iterator:
-    for request in requests:
-        if stop.requested:
-            return
-        yield request
 
 
 def estimate(caller: Caller, what: str, calls: Iterable[tuple[int, int]], *, tokens_out: int, at_most: int = 1) -> None:
