@@ -75,12 +75,15 @@ def check_choices(cfg, **known: tuple[str, ...]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: one of {', '.join(names)}")
 
 
-def check_numbers(cfg, *, above: str, from_zero: str) -> None:
-    for name in (above + " " + from_zero).split():
-        value = getattr(cfg, name)
-        if not (value > 0 if name in above.split() else value >= 0) or value == math.inf and name not in ("max_grad_norm", "max_gap"):
-            least = "above 0" if name in above.split() else "from 0 on"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number {least}")
+def check_numbers(cfg, *, limits: str = "", above: str = "", from_zero: str = "") -> None:
+    """Names of settings, between spaces: limits are above 0 and may be infinite, which cuts nothing; the others are finite."""
+    for names, fits, least in (
+        (limits, lambda x: x > 0, "above 0"), (above, lambda x: 0 < x < math.inf, "above 0"),
+        (from_zero, lambda x: 0 <= x < math.inf, "from 0 on"),
+    ):  # fmt: skip
+        for name in names.split():
+            if not fits(value := getattr(cfg, name)):  # nan fits nothing
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give a number {least}")
 
 
 def check_sizes(cfg, *names: str) -> None:

@@ -10,8 +10,8 @@ over ranks, steps it, and gathers the weights. They stay whole on every rank, so
 """
 
 import math
-from functools import partial
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import accumulate, groupby
 
 import torch

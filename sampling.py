@@ -239,11 +239,12 @@ def part_weights(cfg) -> dict[str, float]:
     for part in filter(None, (getattr(cfg, "part_weights", None) or "").split(",")):  # train_sft.py validates without
         name, _, value = part.partition("=")
         try:
-            weights[name.strip()] = float(value)
+            weight = float(value)
         except ValueError:
-            value = "nan"
-        if not math.isfinite(float(value)):
+            weight = math.nan
+        if not math.isfinite(weight):
             raise ValueError(f"--part-weights {part}: write name=number, say accuracy=0.5")
+        weights[name.strip()] = weight
     return weights
 
 

@@ -334,7 +334,8 @@ def check_config(cfg: Config, world: int) -> None:
     """Settings that cannot work, in one line each, before anything is loaded."""
     flags.check_sizes(cfg, "limit", "val_limit", "steps", "prompts_per_step", "mini_batches", "token_budget",
                       "max_completion_tokens", "rollout_sequences", "samples_every", "keep")  # fmt: skip
-    flags.check_numbers(cfg, above="lr max_grad_norm temperature max_gap reward_seconds",  # training samples: never at 0
+    flags.check_numbers(cfg, limits="max_grad_norm max_gap",
+                        above="lr temperature reward_seconds",  # training samples: never at temperature 0
                         from_zero="save_every val_every warmup_steps weight_decay kl_coef clip_low clip_high dual_clip std_eps "
                                   "importance_cap val_temperature max_skipped overlong_buffer")  # fmt: skip
     if cfg.clip_low >= 1:
@@ -388,9 +389,10 @@ def restore(folder, optimizer: MasterOptimizer, rank: int, *, rows: list[dict] |
     """Weights, optimiser and generators of a checkpoint, in full precision; returns its cursor and counters. It may have
     been written by another number of ranks. Raises ValueError, one line, if it does not fit this run or its rows."""
     state = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
-    if state.get("data", fingerprint(rows)) != fingerprint(rows):
-        raise ValueError(f"{folder}: trained on {state['data']}, --data now gives {fingerprint(rows)}: bring back the rows as they "
-                         "were, or start another run from its weights (--model, --name)")  # fmt: skip
+    now = fingerprint(rows)
+    if (then := state.get("data", now)) != now:
+        raise ValueError(f"{folder}: trained on {then}, --data now gives {now}: bring back the rows as they were, or start "
+                         "another run from its weights (--model, --name)")  # fmt: skip
     files = sorted((folder / "trainer").glob("rank_*.pt"), key=lambda file: int(file.stem.partition("_")[2]))
     optimizer.load_state_dict([torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files])
     if rank < len(state["rng"]):
@@ -467,8 +469,9 @@ def main(cfg: Config) -> None:
 
 # Settings that a resumed run may change without becoming another run.
 MAY_DIFFER = ("resume", "steps", "save_every", "val_every", "samples_every", "keep", "reward_workers", "reward_seconds",
-              "dry_run", "token_budget", "checkpoint_layers", "rollout_sequences", "max_gap", "max_skipped", "engine_memory", "engine_eager", "sleep_level", "report_speed", "profile_step", "tracker", "shard",
-              "reference", "offload_moments")  # fmt: skip
+              "dry_run", "token_budget", "checkpoint_layers", "rollout_sequences", "max_gap", "max_skipped", "engine_memory",
+              "engine_eager", "sleep_level", "report_speed", "profile_step", "tracker", "shard", "reference",
+              "offload_moments")  # fmt: skip
 
 
 def own_rollout(cfg, policy: Policy, processor) -> HFRollout:

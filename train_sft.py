@@ -211,7 +211,8 @@ def check_config(cfg: Config) -> None:
     if cfg.repeat and not draws_rows(cfg):
         raise ValueError(f"--repeat {cfg.repeat}: only for scenes without --limit; the rows of {cfg.data} come again as they are")
     flags.check_sizes(cfg, "limit", "repeat", "val_limit", "steps", "rows_per_step", "token_budget", "save_every", "keep", "max_completion_tokens")
-    flags.check_numbers(cfg, above="lr max_grad_norm", from_zero="val_every warmup_steps weight_decay lora_rank val_temperature")
+    flags.check_numbers(cfg, limits="max_grad_norm", above="lr",
+                        from_zero="val_every warmup_steps weight_decay lora_rank val_temperature")  # fmt: skip
     flags.check_choices(cfg, response=RESPONSES, schedule=SCHEDULES, optimizer=OPTIMIZERS, kernels=KERNELS, shard=memory.SHARDS)
     check_data(cfg.data, cfg.val_data)
 
